@@ -1,0 +1,281 @@
+"""Transformations made of transformations: chains, masks, partitions, and foreign ones."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lionax.layout import Combination, Leaves, Member, TreeWide
+from lionax.paths import Mask, freeze
+from lionax.rule import Definition, Rule, Step
+from lionax.transformation import Transformation, constructor
+
+__all__ = ["Chain", "Foreign", "Identity", "Masked", "NamedChain", "Partition", "SetToZero", "chain", "identity", "masked",
+           "named_chain", "partition", "restrict", "set_to_zero"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Foreign(TreeWide):
+    """An Optax transformation, as part of a lionax one. It sees its leaves only, in the gradients' dtypes."""
+
+    tx: optax.GradientTransformation
+
+    @property
+    def name(self) -> str:
+        return getattr(self.tx.update, "__qualname__", repr(self.tx)).removesuffix(".<locals>.update_fn")
+
+    def init(self, params: Any) -> Any:
+        return self.tx.init(params)
+
+    def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        return optax.with_extra_args_support(self.tx).update(updates, state, params, **extra)
+
+
+def definition_of(tx: Any, owner: str) -> Definition:
+    """What a transformation is made of; refuses what is not one."""
+    if isinstance(tx, Transformation):
+        return tx.definition
+    if callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None)):
+        return Foreign(tx)
+    raise TypeError(f"{owner}: {tx!r} is not a gradient transformation; give what a constructor such as lionax.lion(1e-3) or "
+                    "optax.scale(-1.0) returns")
+
+
+# Chains.
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain(Combination):
+    """Definitions one after the other. Its state is the tuple of theirs."""
+
+    parts: tuple[Definition, ...]
+
+    def members(self, leaves: Leaves) -> list[Member]:
+        return [Member(part, leaves.present) for part in self.parts]
+
+    def pack(self, states: list[Any]) -> Any:
+        return tuple(states)
+
+    def unpack(self, state: Any) -> Sequence[Any]:
+        return state
+
+
+@constructor
+def chain(*transformations: optax.GradientTransformation) -> Transformation:
+    """Applies transformations one after the other.
+
+    The chain of chains is one flat chain, so chaining is associative: ``chain(a, chain(b, c)) == chain(chain(a, b), c)``;
+    `identity` is left out, the chain of one is that one, and of none `identity`. Consecutive rules share a sweep over
+    memory, see `plan`.
+
+    Args:
+      *transformations: lionax's or Optax's. Extra arguments of ``update`` reach those that take them.
+
+    Raises:
+      TypeError: for what is not a transformation.
+
+    >>> import jax.numpy as jnp, lionax
+    >>> tx = lionax.chain(lionax.clip(1.0), lionax.scale(-0.5))
+    >>> tx
+    chain(clip(max_delta=1.0), scale(step_size=-0.5))
+    >>> tx.update(jnp.array([4.0]), tx.init(jnp.zeros(1)))[0].tolist()
+    [-0.5]
+    """
+    parts: list[Definition] = []
+    for tx in transformations:
+        definition = definition_of(tx, "chain")
+        parts += definition.parts if isinstance(definition, Chain) else () if definition == Identity() else (definition,)
+    return Transformation.of(parts[0] if len(parts) == 1 else Chain(tuple(parts)) if parts else Identity())
+
+
+@dataclasses.dataclass(frozen=True)
+class NamedChain(Combination):
+    """A chain whose parts have names. Its state is a dict."""
+
+    parts: tuple[tuple[str, Definition], ...]
+
+    def members(self, leaves: Leaves) -> list[Member]:
+        return [Member(part, leaves.present, name) for name, part in self.parts]
+
+    def pack(self, states: list[Any]) -> Any:
+        return {name: state for (name, _), state in zip(self.parts, states, strict=True)}
+
+    def unpack(self, state: Any) -> Sequence[Any]:
+        return [state[name] for name, _ in self.parts]
+
+
+@constructor
+def named_chain(*transformations: tuple[str, optax.GradientTransformation]) -> Transformation:
+    """A `chain` whose state is a dict by name.
+
+    Args:
+      *transformations: pairs of a name and a transformation.
+
+    Raises:
+      TypeError: for what is not such a pair.
+      ValueError: for a name given twice.
+
+    >>> import jax.numpy as jnp, lionax
+    >>> tx = lionax.named_chain(("clip", lionax.clip(1.0)), ("momentum", lionax.trace(0.9)))
+    >>> sorted(tx.init(jnp.zeros(1)).rules)
+    ['clip', 'momentum']
+    """
+    parts: dict[str, Definition] = {}
+    for pair in transformations:
+        if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], str):
+            raise TypeError(f"named_chain: {pair!r} is not a pair of a name and a transformation, such as "
+                            "('clip', lionax.clip(1.0))")
+        if pair[0] in parts:
+            raise ValueError(f"named_chain: the name {pair[0]!r} is given twice")
+        parts[pair[0]] = definition_of(pair[1], "named_chain")
+    return Transformation.of(NamedChain(tuple(parts.items())))
+
+
+# Some of the leaves.
+
+
+@dataclasses.dataclass(frozen=True)
+class Masked(Combination):
+    """A definition that acts on the leaves of a mask. Its state is that of the definition."""
+
+    part: Definition
+    mask: Any  # as `lionax.paths.freeze` gives it
+    owner: str = "masked"  # for error messages
+
+    def members(self, leaves: Leaves) -> list[Member]:
+        return [Member(self.part, leaves.select(self.mask, bool, self.owner, "mask"))]
+
+    def pack(self, states: list[Any]) -> Any:
+        return states[0]
+
+    def unpack(self, state: Any) -> Sequence[Any]:
+        return [state]
+
+
+def restrict(rule: Rule, mask: Mask, owner: str) -> Transformation:
+    """A rule with a mask argument; None for all leaves."""
+    return Transformation.of(rule if mask is None else Masked(rule, freeze(mask, bool, owner, "mask"), owner))
+
+
+@constructor
+def masked(inner: optax.GradientTransformation, mask: Mask) -> Transformation:
+    """Applies a transformation to some of the leaves only.
+
+    The other leaves keep their update as it comes: ``masked(lion(1e-3), mask)`` alone therefore *adds the raw gradient* to
+    them. To train some leaves and freeze the others, use ``partition({"train": lion(1e-3), "freeze": set_to_zero()}, labels)``.
+
+    Args:
+      inner: lionax's or Optax's.
+      mask: the leaves that it acts on: a tree of bools with the parameters' structure or a prefix of it (matched by path,
+        so the kind of container does not matter), a function that makes one from the parameters, or `matching`.
+
+    Raises:
+      TypeError: for a mask of strings or of anything but bools.
+      ValueError: where it is used, if the mask does not fit the parameters.
+
+    >>> import jax.numpy as jnp, lionax
+    >>> tx = lionax.masked(lionax.scale(-1.0), lionax.matching("bias"))
+    >>> grads = {"bias": jnp.array(1.0), "kernel": jnp.array(1.0)}
+    >>> {name: float(u) for name, u in tx.update(grads, tx.init(grads))[0].items()}
+    {'bias': -1.0, 'kernel': 1.0}
+    """
+    return Transformation.of(Masked(definition_of(inner, "masked"), freeze(mask, bool, "masked", "mask")))
+
+
+@dataclasses.dataclass(frozen=True)
+class Partition(Combination):
+    """A definition for each label. Its state is a dict by label."""
+
+    parts: tuple[tuple[str, Definition], ...]
+    labels: Any  # as `lionax.paths.freeze` gives it
+
+    def members(self, leaves: Leaves) -> list[Member]:
+        chosen = leaves.select(self.labels, str, "partition", "param_labels")
+        known = [label for label, _ in self.parts]
+        for path, label in zip(leaves.paths, chosen, strict=True):
+            if label is not None and label not in known:
+                raise ValueError(f"partition: the leaf {path!r} has the label {label!r}, for which there is no transformation; "
+                                 f"there are {known}")
+        return [Member(part, [label == given for given in chosen], label) for label, part in self.parts]
+
+    def pack(self, states: list[Any]) -> Any:
+        return {label: state for (label, _), state in zip(self.parts, states, strict=True)}
+
+    def unpack(self, state: Any) -> Sequence[Any]:
+        return [state[label] for label, _ in self.parts]
+
+
+@constructor
+def partition(transforms: Mapping[str, optax.GradientTransformation], param_labels: Any) -> Transformation:
+    """Applies another transformation to each group of leaves.
+
+    Args:
+      transforms: label -> transformation, lionax's or Optax's.
+      param_labels: a tree of labels with the parameters' structure or a prefix of it (matched by path), or a function that
+        makes one from the parameters.
+
+    Raises:
+      TypeError: for labels that are not strings.
+      ValueError: where it is used, for a label without a transformation or a tree that does not fit the parameters.
+
+    >>> import jax.numpy as jnp, lionax
+    >>> tx = lionax.partition({"train": lionax.sgd(0.5), "freeze": lionax.set_to_zero()}, {"w": "train", "b": "freeze"})
+    >>> params = {"w": jnp.array(2.0), "b": jnp.array(2.0)}
+    >>> params, _ = tx.step(params, tx.init(params), {"w": jnp.array(1.0), "b": jnp.array(1.0)})
+    >>> {name: float(p) for name, p in sorted(params.items())}
+    {'b': 2.0, 'w': 1.5}
+    """
+    if not isinstance(transforms, Mapping) or not all(isinstance(label, str) for label in transforms):
+        raise TypeError(f"partition: transforms={transforms!r} is not a mapping from labels (strings) to transformations")
+    parts = tuple((label, definition_of(tx, "partition")) for label, tx in sorted(transforms.items()))
+    return Transformation.of(Partition(parts, freeze(param_labels, str, "partition", "param_labels")))
+
+
+# The two that do nothing, and nothing at all.
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity(Rule):
+    """The rule of `identity`."""
+
+    any_dtype = True
+
+    def apply(self, update: jax.Array, slots: Any, param: Any, step: Step) -> tuple[jax.Array, Any]:
+        return update, slots
+
+
+@constructor
+def identity() -> Transformation:
+    """Leaves the updates as they are.
+
+    >>> import jax.numpy as jnp, lionax
+    >>> tx = lionax.identity()
+    >>> float(tx.update(jnp.array(3.0), tx.init(jnp.array(0.0)))[0])
+    3.0
+    """
+    return Transformation.of(Identity())
+
+
+@dataclasses.dataclass(frozen=True)
+class SetToZero(Rule):
+    """The rule of `set_to_zero`."""
+
+    any_dtype = True
+
+    def apply(self, update: jax.Array, slots: Any, param: Any, step: Step) -> tuple[jax.Array, Any]:
+        return jnp.zeros_like(update), slots
+
+
+@constructor
+def set_to_zero() -> Transformation:
+    """Sets every update to zero: what freezes a group of leaves in `partition`.
+
+    >>> import jax.numpy as jnp, lionax
+    >>> tx = lionax.set_to_zero()
+    >>> float(tx.update(jnp.array(3.0), tx.init(jnp.array(0.0)))[0])
+    0.0
+    """
+    return Transformation.of(SetToZero())

@@ -1,0 +1,180 @@
+"""A definition laid out over a tree: which rules run, in which order, on which leaves, and where their state is.
+
+Definitions nest (a chain of a masked chain of rules …). A `Layout` flattens one into a list of `Stage`, and takes the state
+apart in the same order and puts it together again; `sweeps` groups the stages into runs over memory.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lionax import storage
+from lionax.paths import is_placeholder, named_leaves, select
+from lionax.rule import Definition, Rule
+
+__all__ = ["Combination", "Layout", "Leaves", "Member", "Stage", "TreeWide", "gap", "sweeps"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaves:
+    """A flattened tree in which placeholders (None, ``optax.MaskedNode()``) count as leaves."""
+
+    paths: list[str]
+    values: list[Any]
+    treedef: Any
+    params: Any  # the parameters as the caller gave them, for masks that are functions of them; or None
+
+    @classmethod
+    def of(cls, tree: Any, params: Any) -> "Leaves":
+        """Flattens ``tree``; numbers and NumPy arrays become JAX arrays."""
+        paths, values, treedef = named_leaves(tree)
+        return cls(paths, [_as_array(v, p) for v, p in zip(values, paths, strict=True)], treedef, params)
+
+    @property
+    def present(self) -> list[bool]:
+        """For each leaf, whether there is an array to work on."""
+        return [not is_placeholder(v) and not storage.is_float0(v) for v in self.values]
+
+    def select(self, chosen: Any, kind: type, owner: str, argument: str) -> tuple[Any, ...]:
+        """A frozen mask or label tree as one value for each leaf, see `lionax.paths.select`."""
+        return select(chosen, kind, self.params, self.paths, self.present, owner, argument)
+
+    def only(self, active: Sequence[bool]) -> Any:
+        """The tree with the active leaves, all others masked."""
+        return self.treedef.unflatten(v if a else gap(v) for v, a in zip(self.values, active, strict=True))
+
+
+def _as_array(leaf: Any, path: str) -> Any:
+    if is_placeholder(leaf) or storage.is_float0(leaf) or isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        return leaf
+    if isinstance(leaf, float | int | complex | np.ndarray | np.generic) or hasattr(leaf, "__jax_array__"):
+        return jnp.asarray(leaf)
+    raise TypeError(f"the leaf {path!r} is {leaf!r}, not an array; keep only arrays in the tree (with Equinox: "
+                    "eqx.filter(model, eqx.is_inexact_array))")
+
+
+def gap(value: Any) -> Any:
+    """What a tree holds for a leaf on which a rule does not act."""
+    return value if is_placeholder(value) else optax.MaskedNode()
+
+
+class TreeWide(Definition):
+    """A definition that needs the whole tree at once; it ends a sweep. It has ``init`` and ``update`` as Optax's."""
+
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+        raise NotImplementedError
+
+    def init(self, params: Any) -> Any:
+        """The state for a parameter tree."""
+        raise NotImplementedError
+
+    def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        """The new updates, and the new state."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A part of a combination."""
+
+    definition: Definition
+    acts_on: Sequence[bool]  # for each leaf
+    name: str = ""  # qualifies the names of hyperparameters
+
+
+class Combination(Definition):
+    """A definition made of others, each of which acts on some of the leaves."""
+
+    def members(self, leaves: Leaves) -> list[Member]:
+        """The parts, in the order in which they run."""
+        raise NotImplementedError
+
+    def pack(self, states: list[Any]) -> Any:
+        """The state of the combination, from those of its members."""
+        raise NotImplementedError
+
+    def unpack(self, state: Any) -> Sequence[Any]:
+        """The states of the members; raises TypeError or KeyError for a state of another form."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A rule at its place in a definition."""
+
+    rule: Any  # a Rule or a TreeWide
+    key: tuple[str, ...]  # names of the members that lead to it
+    active: tuple[bool, ...]  # for each leaf, whether the rule acts on it
+
+    @property
+    def tree_wide(self) -> bool:
+        """Whether it sees all leaves at once."""
+        return isinstance(self.rule, TreeWide)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A definition laid out over a tree."""
+
+    definition: Definition
+    parts: tuple["Layout", ...] = ()  # of a combination
+    stage: Stage | None = None  # of a rule, or of what is tree-wide
+
+    @classmethod
+    def of(cls, definition: Definition, leaves: Leaves) -> "Layout":
+        """Resolves masks and labels, once for a step."""
+        return cls._of(definition, leaves, leaves.present, ())
+
+    @classmethod
+    def _of(cls, definition: Definition, leaves: Leaves, active: Sequence[bool], key: tuple[str, ...]) -> "Layout":
+        if isinstance(definition, Combination):
+            parts = []
+            for member in definition.members(leaves):
+                both = [a and bool(m) for a, m in zip(active, member.acts_on, strict=True)]
+                parts.append(cls._of(member.definition, leaves, both, (*key, member.name) if member.name else key))
+            return cls(definition, parts=tuple(parts))
+        if isinstance(definition, Rule | TreeWide):
+            return cls(definition, stage=Stage(definition, key, tuple(active)))
+        raise TypeError(f"{definition!r} is not a definition: a Rule, a Combination or a TreeWide")
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The rules in the order in which they run."""
+        return [self.stage] if self.stage is not None else [stage for part in self.parts for stage in part.stages]
+
+    def unpack(self, state: Any) -> list[Any]:
+        """The states of the stages, out of that of the definition."""
+        if not isinstance(self.definition, Combination):
+            return [state]
+        try:
+            pairs = list(zip(self.parts, self.definition.unpack(state), strict=True))
+        except (TypeError, KeyError, ValueError):
+            raise ValueError(f"the state {jax.tree.map(jnp.shape, state)} does not fit {self.definition}: it was made by "
+                             "another transformation") from None
+        return [inner for part, own in pairs for inner in part.unpack(own)]
+
+    def pack(self, states: Iterator[Any]) -> Any:
+        """The inverse of `unpack`."""
+        if not isinstance(self.definition, Combination):
+            return next(states)
+        return self.definition.pack([part.pack(states) for part in self.parts])
+
+
+def sweeps(program: Sequence[Stage]) -> list[list[int]]:
+    """Groups the indices of stages into runs over the leaves.
+
+    A new one begins at a rule that needs a norm over the tree, and before and after whatever is tree-wide.
+    """
+    groups: list[list[int]] = []
+    for i, stage in enumerate(program):
+        if i == 0 or stage.tree_wide or program[i - 1].tree_wide or stage.rule.scope == "tree":
+            groups.append([])
+        groups[-1].append(i)
+    return groups

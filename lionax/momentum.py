@@ -1,0 +1,134 @@
+"""Momentum as a decaying sum (`trace`) and as an average (`ema`)."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lionax import storage
+from lionax.hyperparameters import Scalar, scalar
+from lionax.rule import Rule, Step
+from lionax.storage import Storage
+from lionax.transformation import Transformation, constructor
+
+__all__ = ["Ema", "EmaState", "Trace", "TraceState", "debiasing", "ema", "trace"]
+
+
+class TraceState(NamedTuple):
+    """The slots of `Trace`."""
+
+    trace: Any  # decaying sum of gradients; the parameter's shape; accumulator_dtype or the parameter's dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace(Rule):
+    """The rule of `trace`."""
+
+    decay: Scalar = scalar(low=0, high=1)
+    nesterov: bool = False
+    accumulator_dtype: Storage = None
+    dampening: Scalar = scalar(0.0, low=0, high=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.nesterov and self.dampening != 0:
+            raise ValueError(f"trace: nesterov=True is not accepted with dampening={self.dampening!r}; give dampening=0.0")
+
+    def init(self, param: jax.Array) -> TraceState:
+        return TraceState(trace=storage.zeros(param, self.accumulator_dtype))
+
+    def apply(self, update: jax.Array, slots: TraceState, param: Any, step: Step) -> tuple[jax.Array, TraceState]:
+        damped = update
+        if not isinstance(self.dampening, float) or self.dampening != 0:
+            damped = jnp.where(step.count == 0, update, (1.0 - self.dampening) * update)
+        new = damped + self.decay * slots.trace
+        return (update + self.decay * new if self.nesterov else new), TraceState(trace=new)
+
+
+@constructor
+def trace(decay: Scalar, nesterov: bool = False, accumulator_dtype: Storage = None, *, dampening: Scalar = 0.0) -> Transformation:
+    """Momentum: a decaying sum of gradients.
+
+        t_n = decay·t_{n-1} + (1 - dampening)·g_n          (t_1 = g_1)
+        u_n = t_n, or with Nesterov's look-ahead g_n + decay·t_n
+
+    Args:
+      decay: in [0, 1].
+      nesterov: whether to look ahead.
+      accumulator_dtype: how the sum is stored, as ``mu_dtype`` in `scale_by_lion`.
+      dampening: in [0, 1]; what is taken off each gradient but the first, as PyTorch's SGD does.
+
+    Raises:
+      ValueError: for a value out of range, or for ``nesterov`` with dampening.
+
+    >>> import jax.numpy as jnp, lionax
+    >>> tx = lionax.trace(0.5)
+    >>> first, state = tx.update(jnp.array(1.0), tx.init(jnp.array(0.0)))
+    >>> float(tx.update(jnp.array(1.0), state)[0])
+    1.5
+
+    References:
+      Polyak, Some Methods of Speeding Up the Convergence of Iteration Methods, 1964; Sutskever et al., On the Importance
+      of Initialization and Momentum in Deep Learning, 2013.
+    """
+    return Transformation.of(Trace(decay, bool(nesterov), accumulator_dtype, dampening))
+
+
+class EmaState(NamedTuple):
+    """The slots of `Ema`."""
+
+    ema: Any  # average of updates, not corrected for its zero start; the parameter's shape; accumulator_dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Ema(Rule):
+    """The rule of `ema`."""
+
+    decay: Scalar = scalar(low=0, high=1)
+    debias: bool = True
+    accumulator_dtype: Storage = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.debias and self.decay == 1:
+            raise ValueError("ema: decay=1.0 is not accepted with debias=True, which would divide 0 by 0; give a number in "
+                             "[0, 1), or debias=False")
+
+    def init(self, param: jax.Array) -> EmaState:
+        return EmaState(ema=storage.zeros(param, storage.accumulator(param, self.accumulator_dtype)))
+
+    def apply(self, update: jax.Array, slots: EmaState, param: Any, step: Step) -> tuple[jax.Array, EmaState]:
+        new = (1.0 - self.decay) * update + self.decay * slots.ema
+        return (new / debiasing(self.decay, step.count + 1, update.dtype) if self.debias else new), EmaState(ema=new)
+
+
+@constructor
+def ema(decay: Scalar, debias: bool = True, accumulator_dtype: Storage = None) -> Transformation:
+    """An exponential moving average of the updates.
+
+        e_t = decay·e_{t-1} + (1 - decay)·u_t          u_t ← e_t / (1 - decay^t), or e_t without ``debias``
+
+    Args:
+      decay: in [0, 1], below 1 with ``debias``.
+      debias: whether to correct for the start at zero.
+      accumulator_dtype: how the average is stored. None keeps at least float32, since an average in bfloat16 stands still
+        where a step adds less than one part in 256.
+
+    Raises:
+      ValueError: for a value out of range.
+
+    >>> import jax.numpy as jnp, lionax
+    >>> tx = lionax.ema(0.75, debias=False)
+    >>> float(tx.update(jnp.array(1.0), tx.init(jnp.array(0.0)))[0])
+    0.25
+
+    References:
+      Kingma and Ba, Adam: A Method for Stochastic Optimization, 2015, arXiv:1412.6980, section 3.
+    """
+    return Transformation.of(Ema(decay, bool(debias), accumulator_dtype))
+
+
+def debiasing(decay: Scalar, count: jax.Array, dtype: Any) -> jax.Array:
+    """``1 - decay^count``: what an average that began at zero has been weighted with."""
+    return 1.0 - jnp.asarray(decay, dtype) ** count.astype(dtype)

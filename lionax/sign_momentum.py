@@ -1,0 +1,67 @@
+"""Lion's part: the sign of an interpolated momentum."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lionax import storage
+from lionax.hyperparameters import Scalar, scalar
+from lionax.rule import Rule, Step
+from lionax.storage import Storage
+from lionax.transformation import Transformation, constructor
+
+__all__ = ["ScaleByLion", "ScaleByLionState", "scale_by_lion"]
+
+
+class ScaleByLionState(NamedTuple):
+    """The slots of `ScaleByLion`."""
+
+    mu: Any  # average of gradients; the parameter's shape; mu_dtype or the parameter's dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleByLion(Rule):
+    """The rule of `scale_by_lion`."""
+
+    b1: Scalar = scalar(0.9, low=0, high=1)
+    b2: Scalar = scalar(0.99, low=0, high=1)
+    mu_dtype: Storage = None
+
+    def init(self, param: jax.Array) -> ScaleByLionState:
+        return ScaleByLionState(mu=storage.zeros(param, self.mu_dtype))
+
+    def apply(self, update: jax.Array, slots: ScaleByLionState, param: Any, step: Step) -> tuple[jax.Array, ScaleByLionState]:
+        # The operands stand in Optax's order: the compiler then rounds both alike, and a sign is not lost to the last bit.
+        direction = jnp.sign((1.0 - self.b1) * update + self.b1 * slots.mu)
+        return direction, ScaleByLionState(mu=(1.0 - self.b2) * update + self.b2 * slots.mu)
+
+
+@constructor
+def scale_by_lion(b1: Scalar = 0.9, b2: Scalar = 0.99, mu_dtype: Storage = None) -> Transformation:
+    """The sign of the gradient averaged with its momentum.
+
+        u_t = sign(b1·m_{t-1} + (1 - b1)·g_t)
+        m_t = b2·m_{t-1} + (1 - b2)·g_t
+
+    where ``sign(0) = 0``. The result has elements -1, 0 and 1, so it does not depend on the scale of the gradient.
+
+    Args:
+      b1: the momentum's weight in the sign, in [0, 1].
+      b2: the momentum's decay, in [0, 1].
+      mu_dtype: how the momentum is stored: a floating-point dtype, or None for the parameter's own.
+
+    Raises:
+      ValueError: for a beta out of range or a ``mu_dtype`` that is not a floating-point dtype.
+
+    >>> import jax.numpy as jnp, lionax
+    >>> tx = lionax.scale_by_lion()
+    >>> update, state = tx.update(jnp.array([3.0, 0.0, -0.1]), tx.init(jnp.zeros(3)))
+    >>> update.tolist()
+    [1.0, 0.0, -1.0]
+
+    References:
+      Chen et al., Symbolic Discovery of Optimization Algorithms, 2023, arXiv:2302.06675, algorithm 2.
+    """
+    return Transformation.of(ScaleByLion(b1, b2, mu_dtype))

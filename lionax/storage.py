@@ -1,0 +1,73 @@
+"""How numbers are kept: the one place where a slot is stored and loaded, and where a result is cast.
+
+Arithmetic runs in float32 (float64 for float64 leaves). A slot's dtype is fixed when it is made; `store` returns to it.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lionax.paths import is_placeholder
+
+__all__ = ["Storage", "accumulator", "add", "check_storage", "compute_dtype", "is_float0", "load", "store", "zeros"]
+
+Storage = Any
+"""How a slot is kept: None for the parameter's dtype, or a floating-point dtype (``jnp.bfloat16``, ``"bfloat16"``)."""
+
+
+def check_storage(value: Storage, owner: str, argument: str) -> np.dtype | None:
+    """A storage argument as a dtype; refuses all but floating-point ones."""
+    if value is None:
+        return None
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{owner}: {argument}={value!r} is not a floating-point dtype; give None for the parameter's "
+                         "own dtype, or one such as jnp.bfloat16 or 'float32'")
+    return dtype
+
+
+def is_float0(leaf: Any) -> bool:
+    """True for the gradient that JAX gives to an integer input."""
+    return getattr(leaf, "dtype", None) == jax.dtypes.float0
+
+
+def compute_dtype(*arrays: Any) -> np.dtype:
+    """The dtype of arithmetic on these arrays: float64 if one of them is, else float32."""
+    return jnp.dtype(jnp.float64 if any(a.dtype == jnp.float64 for a in arrays) else jnp.float32)
+
+
+def accumulator(param: jax.Array, dtype: np.dtype | None) -> np.dtype:
+    """The dtype of a slot in which small amounts are to add up: as given, or the parameter's but at least float32."""
+    return compute_dtype(param) if dtype is None else dtype
+
+
+def zeros(param: jax.Array, dtype: np.dtype | None) -> jax.Array:
+    """An all-zero slot of a parameter's shape and sharding, in ``dtype`` or in the parameter's own."""
+    # Naming the dtype also makes the slot strongly typed, whatever the parameter is, so that a scan can carry it.
+    return jnp.zeros_like(param, dtype=jax.dtypes.canonicalize_dtype(param.dtype if dtype is None else dtype))
+
+
+def load(slot: jax.Array, dtype: np.dtype) -> jax.Array:
+    """A stored slot as numbers to compute with."""
+    return slot.astype(dtype)
+
+
+def store(value: jax.Array, slot: jax.Array) -> jax.Array:
+    """New numbers in the form of the slot that they replace."""
+    return value.astype(slot.dtype)
+
+
+def add(param: Any, update: Any) -> Any:
+    """A parameter plus its update, rounded once; unchanged where there is no update."""
+    if is_placeholder(param) or is_placeholder(update) or is_float0(update):
+        return param
+    param, update = jnp.asarray(param), jnp.asarray(update)
+    if not jnp.issubdtype(param.dtype, jnp.floating):
+        return (param + update).astype(param.dtype)
+    dtype = compute_dtype(param, update)
+    return (param.astype(dtype) + update.astype(dtype)).astype(param.dtype)
