@@ -85,7 +85,7 @@ def _bin_of(total: jax.Array, low: float, high: float) -> jax.Array:
 def _bins_at_once(x: jax.Array, dtype: np.dtype) -> jax.Array:
     scales, low, high = _scales(dtype)
     sums = jnp.stack([_sum_of_squares(x, scale, dtype) for scale in scales])
-    return jnp.where(jnp.arange(3) == _bin_of(sums[1], low, high), sums, jnp.zeros_like(sums))
+    return jnp.where(jnp.arange(3, dtype=jnp.int32) == _bin_of(sums[1], low, high), sums, jnp.zeros_like(sums))
 
 
 def _bins_by_retry(x: jax.Array, dtype: np.dtype) -> jax.Array:
@@ -102,7 +102,7 @@ def _bins_by_retry(x: jax.Array, dtype: np.dtype) -> jax.Array:
     if axes:
         first = jax.tree.map(lambda value: lax.pcast(value, axes, to="varying"), first)
     index, total, _ = lax.while_loop(lambda carry: ~carry[2], retry, first)
-    return jnp.where(jnp.arange(3) == index, total, jnp.zeros_like(total))
+    return jnp.where(jnp.arange(3, dtype=jnp.int32) == index, total, jnp.zeros_like(total))
 
 
 @_binned.defjvp

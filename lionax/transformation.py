@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lionax import engine, storage
@@ -109,14 +111,19 @@ def constructor(function: Callable[..., Transformation]) -> Callable[..., Transf
         for name, value in given.items():
             parameter = signature.parameters[name]
             if parameter.kind is parameter.VAR_POSITIONAL:
-                shown += map(repr, value)
+                shown += map(_shown, value)
             elif parameter.kind is parameter.VAR_KEYWORD:
-                shown += [f"{key}={item!r}" for key, item in value.items()]
+                shown += [f"{key}={_shown(item)}" for key, item in value.items()]
             elif type(value) is not type(parameter.default) or value != parameter.default:
-                shown.append(f"{name}={value!r}")
+                shown.append(f"{name}={_shown(value)}")
         return Transformation.of(function(*args, **kwargs).definition, f"{function.__name__}({', '.join(shown)})")
 
     return construct
+
+
+def _shown(value: Any) -> str:
+    """``repr``, but a dtype by its name, as it may also be written."""
+    return repr(jnp.dtype(value).name if isinstance(value, type | np.dtype) else value)
 
 
 def apply_updates(params: Any, updates: Any) -> Any:

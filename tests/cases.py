@@ -1,0 +1,157 @@
+"""The one table of transformations and trees that every contract test runs over.
+
+A public transformation that is missing from `CASES` fails `test_house.py`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import lionax
+
+SCHEDULE = optax.linear_schedule(0.05, 0.01, 30)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A transformation to test; `peer` is Optax's, if there is one."""
+
+    public: str  # the public function that it is an example of
+    make: Callable[[], lionax.Transformation]
+    peer: Callable[[], optax.GradientTransformation] | None = None
+    rtol: float = 0.0  # of the trajectory against Optax's in float32; 0 is bit for bit
+
+
+def _matrices(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.ndim >= 2, tree)
+
+
+CASES: dict[str, Case] = {
+    "lion": Case("lion", lambda: lionax.lion(0.01), lambda: optax.lion(0.01)),
+    "lion_decay": Case("lion", lambda: lionax.lion(0.01, weight_decay=0.1), lambda: optax.lion(0.01, weight_decay=0.1)),
+    "lion_betas": Case("lion", lambda: lionax.lion(0.01, 0.95, 0.98), lambda: optax.lion(0.01, 0.95, 0.98)),
+    "lion_schedule": Case("lion", lambda: lionax.lion(SCHEDULE, weight_decay=0.1), lambda: optax.lion(SCHEDULE, weight_decay=0.1)),
+    "lion_mu_bfloat16": Case("lion", lambda: lionax.lion(0.01, mu_dtype=jnp.bfloat16), lambda: optax.lion(0.01, mu_dtype=jnp.bfloat16)),
+    "lion_mask": Case("lion", lambda: lionax.lion(0.01, weight_decay=0.1, mask=_matrices),
+                      lambda: optax.lion(0.01, weight_decay=0.1, mask=_matrices)),
+    "lion_decay_schedule": Case("lion", lambda: lionax.lion(0.01, weight_decay=SCHEDULE, mask=_matrices),
+                                lambda: optax.lion(0.01, weight_decay=SCHEDULE, mask=_matrices)),
+    "lion_decoupled": Case("lion", lambda: lionax.lion(SCHEDULE, weight_decay=0.1, base_learning_rate=0.05)),
+    "lion_injected": Case("lion", lambda: lionax.lion(lionax.inject(0.01), b1=lionax.inject(0.9))),
+    "lamb": Case("lamb", lambda: lionax.lamb(0.01), lambda: optax.lamb(0.01), rtol=1e-6),
+    "lamb_decay_mask": Case("lamb", lambda: lionax.lamb(SCHEDULE, weight_decay=0.1, mask=_matrices),
+                            lambda: optax.lamb(SCHEDULE, weight_decay=0.1, mask=_matrices), rtol=1e-6),
+    "lamb_trust_mask": Case("lamb", lambda: lionax.lamb(0.01, weight_decay=0.1, trust_mask=_matrices, mu_dtype="bfloat16",
+                                                        nu_dtype="float16")),
+    "lamb_decoupled": Case("lamb", lambda: lionax.lamb(0.01, weight_decay=0.1, base_learning_rate=0.01)),
+    "sgd": Case("sgd", lambda: lionax.sgd(0.01), lambda: optax.sgd(0.01)),
+    "sgd_momentum": Case("sgd", lambda: lionax.sgd(0.01, 0.9), lambda: optax.sgd(0.01, 0.9)),
+    "sgd_nesterov": Case("sgd", lambda: lionax.sgd(SCHEDULE, 0.9, True), lambda: optax.sgd(SCHEDULE, 0.9, True)),
+    "sgd_accumulator": Case("sgd", lambda: lionax.sgd(0.01, 0.9, False, jnp.bfloat16), lambda: optax.sgd(0.01, 0.9, False, jnp.bfloat16)),
+    "sgd_dampening": Case("sgd", lambda: lionax.sgd(0.01, 0.9, dampening=0.3, weight_decay=0.1)),
+    "sgdw": Case("sgd", lambda: lionax.sgd(0.01, 0.9, weight_decay=0.1, base_learning_rate=0.01)),
+    "scale_by_lion": Case("scale_by_lion", lionax.scale_by_lion, optax.scale_by_lion),
+    "scale_by_adam": Case("scale_by_adam", lionax.scale_by_adam, optax.scale_by_adam, rtol=1e-6),
+    "scale_by_adam_nesterov": Case("scale_by_adam", lambda: lionax.scale_by_adam(eps_root=1e-8, nesterov=True),
+                                   lambda: optax.scale_by_adam(eps_root=1e-8, nesterov=True), rtol=1e-6),
+    "trace": Case("trace", lambda: lionax.trace(0.9, nesterov=True), lambda: optax.trace(0.9, nesterov=True)),
+    "ema": Case("ema", lambda: lionax.ema(0.9), lambda: optax.ema(0.9), rtol=1e-6),
+    "ema_plain": Case("ema", lambda: lionax.ema(0.9, debias=False), lambda: optax.ema(0.9, debias=False)),
+    "scale_by_trust_ratio": Case("scale_by_trust_ratio", lambda: lionax.chain(lionax.scale_by_trust_ratio(), lionax.scale(0.1)),
+                                 lambda: optax.chain(optax.scale_by_trust_ratio(), optax.scale(0.1)), rtol=1e-6),
+    "scale_by_trust_ratio_options": Case(
+        "scale_by_trust_ratio", lambda: lionax.scale_by_trust_ratio(0.1, 0.5, 1e-3),
+        lambda: optax.scale_by_trust_ratio(0.1, 0.5, 1e-3), rtol=1e-6),
+    "add_decayed_weights": Case("add_decayed_weights", lambda: lionax.add_decayed_weights(0.1), lambda: optax.add_decayed_weights(0.1)),
+    "clip": Case("clip", lambda: lionax.clip(0.5), lambda: optax.clip(0.5)),
+    "clip_by_norm": Case("clip_by_norm", lambda: lionax.clip_by_norm(0.5)),
+    "clip_by_global_norm": Case("clip_by_global_norm", lambda: lionax.clip_by_global_norm(0.5),
+                                lambda: optax.clip_by_global_norm(0.5), rtol=1e-6),
+    "scale": Case("scale", lambda: lionax.scale(-0.1), lambda: optax.scale(-0.1)),
+    "scale_by_learning_rate": Case("scale_by_learning_rate", lambda: lionax.scale_by_learning_rate(0.1, flip_sign=False),
+                                   lambda: optax.scale_by_learning_rate(0.1, flip_sign=False)),
+    "scale_by_schedule": Case("scale_by_schedule", lambda: lionax.scale_by_schedule(SCHEDULE), lambda: optax.scale_by_schedule(SCHEDULE)),
+    "params_ema": Case("params_ema", lambda: lionax.chain(lionax.sgd(0.1), lionax.params_ema(0.9))),
+    "params_ema_overwrite": Case("params_ema", lambda: lionax.chain(lionax.lion(0.1), lionax.params_ema(0.9, overwrite_every=3))),
+    "chain": Case("chain", lambda: lionax.chain(lionax.clip_by_global_norm(1.0), lionax.lamb(0.01), lionax.clip(0.1)),
+                  lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.lamb(0.01), optax.clip(0.1)), rtol=2e-6),
+    "chain_foreign": Case("chain", lambda: lionax.chain(lionax.clip(1.0), optax.trace(0.9), lionax.scale_by_learning_rate(0.1)),
+                          lambda: optax.chain(optax.clip(1.0), optax.trace(0.9), optax.scale_by_learning_rate(0.1))),
+    "named_chain": Case("named_chain", lambda: lionax.named_chain(("lion", lionax.scale_by_lion()), ("lr", lionax.scale(-0.1))),
+                        lambda: optax.named_chain(("lion", optax.scale_by_lion()), ("lr", optax.scale(-0.1)))),
+    "masked": Case("masked", lambda: lionax.masked(lionax.lion(0.1), _matrices), lambda: optax.masked(optax.lion(0.1), _matrices)),
+    "partition": Case("partition", lambda: lionax.partition({"a": lionax.lion(0.1), "b": lionax.sgd(0.1, 0.9)}, _labels),
+                      lambda: optax.partition({"a": optax.lion(0.1), "b": optax.sgd(0.1, 0.9)}, _labels)),
+    "identity": Case("identity", lionax.identity, optax.identity),
+    "set_to_zero": Case("set_to_zero", lionax.set_to_zero, optax.set_to_zero),
+}
+
+
+def _labels(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: "a" if leaf.ndim >= 2 else "b", tree)
+
+
+class Pair(NamedTuple):
+    """A container of two."""
+
+    left: Any
+    right: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Block:
+    """A container with named fields."""
+
+    kernel: Any
+    bias: Any
+
+
+def normal(*shape: int, seed: int = 0, dtype: Any = np.float32) -> jax.Array:
+    return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape).astype(np.float32)).astype(dtype)
+
+
+TREES: dict[str, Callable[[], Any]] = {
+    "nested": lambda: {"dense": {"kernel": normal(7, 5), "bias": jnp.zeros(5)}, "embed": [normal(11, 3), normal(3, 1, 2)],
+                       "scale": jnp.asarray(2.0, jnp.float32), "pair": Pair(normal(4), Block(normal(2, 2), normal(2)))},
+    "array": lambda: normal(6, 4),
+    "scalar": lambda: jnp.asarray(0.5, jnp.float32),
+    "empty": lambda: {},
+    "none_leaves": lambda: {"a": None, "b": normal(3), "c": [None, normal(2, 2)]},
+    "zero_size": lambda: {"a": jnp.zeros((0, 3)), "b": normal(2, 3)},
+    "bfloat16": lambda: {"kernel": normal(9, 5, dtype=jnp.bfloat16), "bias": jnp.zeros(5, jnp.bfloat16)},
+    "float16": lambda: {"kernel": normal(9, 5, dtype=jnp.float16), "bias": jnp.zeros(5, jnp.float16)},
+    "mixed": lambda: {"half": normal(4, 4, dtype=jnp.bfloat16), "full": normal(4, 4, seed=1)},
+}
+LOW_PRECISION = ("bfloat16", "float16", "mixed")
+FLOAT32 = tuple(name for name in TREES if name not in LOW_PRECISION)
+
+
+def gradients(params: Any, step: int) -> Any:
+    """Reproducible gradients with traps: zeros, one large element, a step that is all zero."""
+
+    def one(path, leaf):
+        seed = [step, *jax.tree_util.keystr(path).encode()]
+        g = np.random.default_rng(seed).normal(size=leaf.shape).astype(np.float32)
+        g = np.where(np.abs(g) < 0.2, 0.0, g)
+        if g.size > 3 and step % 7 == 3:
+            g.flat[2] = 1000.0
+        return jnp.asarray(g * np.float32(step % 12 != 5)).astype(leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def assert_equal(actual: Any, expected: Any, rtol: float = 0.0) -> None:
+    """Trees of the same structure, shapes and dtypes, whose elements are equal to ``rtol`` of the leaf's greatest."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+        where = jax.tree_util.keystr(path)
+        assert a.shape == b.shape, where
+        assert a.dtype == b.dtype, where
+        a, b = np.asarray(a).astype(np.float64), np.asarray(b).astype(np.float64)
+        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * np.max(np.abs(b), initial=0.0), err_msg=where)
