@@ -1,6 +1,7 @@
 """Momentum as a decaying sum (`trace`) and as an average (`ema`)."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -129,6 +130,7 @@ def ema(decay: Scalar, debias: bool = True, accumulator_dtype: Storage = None) -
     return Transformation.of(Ema(decay, bool(debias), accumulator_dtype))
 
 
+@functools.partial(jax.jit, static_argnums=2)  # one function in the lowered program, however many leaves call it
 def debiasing(decay: Scalar, count: jax.Array, dtype: Any) -> jax.Array:
     """``1 - decay^count``: what an average that began at zero has been weighted with."""
     return 1.0 - jnp.asarray(decay, dtype) ** count.astype(dtype)

@@ -1,12 +1,11 @@
 """Norms over leaves and devices, safe from overflow: the one place where a chain's measured sums are added up.
 
-A sum of squares in float32 overflows once an element passes 1.8e19 and vanishes below 1e-23. So each array's sum comes
-in three bins (Blue, 1978): squares of ``x·2^k``, of ``x`` and of ``x·2^-k``, of which one is used. Bins add: over leaves,
-and over the devices of a mesh.
+A sum of squares in float32 overflows once an element passes 1.8e19 and vanishes below 1e-23. So the squares are those of
+``x·c``, where ``c`` is 1, or a power of two if that sum was out of range (Blue, 1978, has three such sums likewise).
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -38,16 +37,20 @@ def joint_norm(arrays: Sequence[jax.Array]) -> jax.Array:
       A scalar, float32 or float64; 0 for no arrays. A norm above the largest finite number is that number, so that a
       finite gradient is never scaled to zero; inf and NaN elements give inf and NaN.
     """
-    dtype = storage.compute_dtype(*arrays)
+    return _norm(tuple(arrays), storage.compute_dtype(*arrays))
+
+
+def _total(sums: Sequence[jax.Array], dtype: np.dtype) -> jax.Array:
+    """Adds what was summed over each array, over arrays and devices."""
     by_axes: dict[frozenset[str], list[jax.Array]] = {}
-    for array in arrays:
-        by_axes.setdefault(varying_axes(array), []).append(_binned(array, dtype))
-    sums = [_pairwise_sum(jnp.stack(bins)) for bins in by_axes.values()]
-    sums = [lax.psum(s, tuple(sorted(axes))) if axes else s for s, axes in zip(sums, by_axes, strict=True)]
-    return _norm_of_bins(_pairwise_sum(jnp.stack(sums)) if sums else jnp.zeros(3, dtype))
+    for value in sums:
+        by_axes.setdefault(varying_axes(value), []).append(value)
+    totals = [_pairwise(jnp.stack(values)) for values in by_axes.values()]
+    totals = [lax.psum(t, tuple(sorted(axes))) if axes else t for t, axes in zip(totals, by_axes, strict=True)]
+    return _pairwise(jnp.stack(totals)) if totals else jnp.zeros((), dtype)
 
 
-def _pairwise_sum(rows: jax.Array) -> jax.Array:
+def _pairwise(rows: jax.Array) -> jax.Array:
     """Sum over the first axis by halves: the error grows with the logarithm of the number of leaves."""
     while len(rows) > 1:
         if len(rows) % 2:
@@ -56,74 +59,76 @@ def _pairwise_sum(rows: jax.Array) -> jax.Array:
     return rows[0]
 
 
-def _scales(dtype: np.dtype) -> tuple[np.ndarray, float, float]:
-    """Multipliers of the three bins, and the range in which a sum of squares is trusted as it is."""
-    wide = jnp.finfo(dtype).maxexp // 128
-    return np.exp2(np.array([90.0, 0.0, -90.0]) * wide).astype(dtype), 2.0 ** (-60 * wide), 2.0 ** (100 * wide)
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 @functools.partial(jax.jit, static_argnums=1)
-def _binned(x: jax.Array, dtype: np.dtype) -> jax.Array:
-    """Sums of squares of ``x`` in three bins, of which at most one is not zero: shape (3,)."""
-    # The CPU compiler makes one pass over memory of each reduction, so there only the sum that is needed is taken.
-    # Elsewhere three reductions are one pass, and a loop would make the host wait for its condition.
-    return lax.platform_dependent(x, cpu=functools.partial(_bins_by_retry, dtype=dtype),
-                                  default=functools.partial(_bins_at_once, dtype=dtype))
+def _norm(arrays: tuple[jax.Array, ...], dtype: np.dtype) -> jax.Array:
+    # The CPU compiler makes one pass over memory of each reduction, so there a second is only taken if it is needed.
+    # Elsewhere three reductions are one pass, and a branch would make the host wait for its condition.
+    total, factor = lax.platform_dependent(arrays, cpu=functools.partial(_if_needed, dtype=dtype),
+                                           default=functools.partial(_at_once, dtype=dtype))
+    norm = jnp.sqrt(total) / factor
+    return jnp.where(jnp.isfinite(total), jnp.minimum(norm, jnp.finfo(dtype).max), norm)
 
 
-def _sum_of_squares(x: jax.Array, scale: jax.Array, dtype: np.dtype) -> jax.Array:
-    scaled = x.astype(dtype) * scale
-    return jnp.sum(scaled * scaled)
+@_norm.defjvp
+def _norm_jvp(dtype, primals, tangents):
+    ((arrays,), (directions,)) = primals, tangents
+    norm = _norm(arrays, dtype)
+    unit = [x.astype(dtype) / jnp.where(norm == 0, jnp.ones_like(norm), norm) for x in arrays]
+    return norm, _total([jnp.sum(u * d.astype(dtype)) for u, d in zip(unit, directions, strict=True)], dtype)
 
 
-def _bin_of(total: jax.Array, low: float, high: float) -> jax.Array:
-    """The bin in which an array belongs whose plain sum of squares is ``total``; NaN and inf go to the last."""
-    return jnp.where(total < high, jnp.where(total > low, 1, 0), 2)
+def _factors(dtype: np.dtype) -> tuple[np.generic, np.generic, np.generic]:
+    """What elements are multiplied by before they are squared: if they are small, as a rule, or large."""
+    up, one, down = np.exp2(np.array([90.0, 0.0, -90.0]) * _width(dtype)).astype(dtype)
+    return up, one, down
 
 
-def _bins_at_once(x: jax.Array, dtype: np.dtype) -> jax.Array:
-    scales, low, high = _scales(dtype)
-    sums = jnp.stack([_sum_of_squares(x, scale, dtype) for scale in scales])
-    return jnp.where(jnp.arange(3, dtype=jnp.int32) == _bin_of(sums[1], low, high), sums, jnp.zeros_like(sums))
+def _width(dtype: np.dtype) -> int:
+    """How many times as many exponents as float32 a dtype has: 1 or 8."""
+    return jnp.finfo(dtype).maxexp // 128
 
 
-def _bins_by_retry(x: jax.Array, dtype: np.dtype) -> jax.Array:
-    scales, low, high = _scales(dtype)
-    axes = tuple(sorted(varying_axes(x)))
-
-    def retry(carry):
-        index, _, _ = carry
-        total = _sum_of_squares(x, jnp.asarray(scales)[index], dtype)
-        wanted = jnp.where(index == 1, _bin_of(total, low, high), index)
-        return wanted, total, wanted == index
-
-    first = (jnp.int32(1), jnp.zeros((), dtype), jnp.bool_(False))
-    if axes:
-        first = jax.tree.map(lambda value: lax.pcast(value, axes, to="varying"), first)
-    index, total, _ = lax.while_loop(lambda carry: ~carry[2], retry, first)
-    return jnp.where(jnp.arange(3, dtype=jnp.int32) == index, total, jnp.zeros_like(total))
+def _factor_for(total: jax.Array) -> jax.Array:
+    """The factor to use where the plain sum of squares is ``total``; NaN and inf belong to the large."""
+    up, one, down = _factors(total.dtype)
+    low, high = 2.0 ** (-60 * _width(total.dtype)), 2.0 ** (100 * _width(total.dtype))
+    return jnp.where(total < high, jnp.where(total > low, one, up), down)
 
 
-@_binned.defjvp
-def _binned_jvp(dtype, primals, tangents):
-    (x,), (dx,) = primals, tangents
-    bins = _binned(x, dtype)
-    scale = jnp.sum(jnp.where(bins != 0, jnp.asarray(_scales(dtype)[0]), jnp.zeros_like(bins)))
-    slope = 2 * jnp.sum((x.astype(dtype) * scale) * (dx.astype(dtype) * scale))
-    return bins, jnp.where(bins != 0, slope, jnp.zeros_like(bins))
+def _sum_of_squares(arrays: Sequence[jax.Array], scale: Callable[[jax.Array], jax.Array], dtype: np.dtype) -> jax.Array:
+    return _total([jnp.sum(jnp.square(scale(x.astype(dtype)))) for x in arrays], dtype)
 
 
-def _sqrt(x: jax.Array) -> jax.Array:
-    """Square root with slope 0 at 0."""
-    positive = jnp.where(x == 0, jnp.ones_like(x), x)
-    return jnp.where(x == 0, jnp.zeros_like(x), jnp.sqrt(positive))
+def _if_needed(arrays: tuple[jax.Array, ...], dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
+    """The sum of squares of ``x·c``, and ``c``: a plain sum, and another only if that was out of range."""
+
+    def total(factor):
+        return _sum_of_squares(arrays, lambda x: x * factor, dtype)
+
+    if len(arrays) > 1:
+        plain = total(1)
+        factor = _factor_for(plain)
+        return lax.cond(factor == 1, lambda: plain, lambda: total(factor)), factor
+
+    # A loop has the sum in the program once. With many arrays in its body XLA takes minutes to compile it.
+    def attempt(carry):
+        _, factor, _ = carry
+        new = total(factor)
+        return factor, jnp.where(factor == 1, _factor_for(new), factor), new
+
+    used_wanted_total = tuple(jnp.asarray(number, dtype) for number in (0.0, 1.0, 0.0))
+    factor, _, last = lax.while_loop(lambda carry: carry[0] != carry[1], attempt, used_wanted_total)
+    return last, factor
 
 
-def _norm_of_bins(bins: jax.Array) -> jax.Array:
-    small, middle, large = bins
-    up, _, down = _scales(bins.dtype)[0]
-    largest = jnp.finfo(bins.dtype).max
-    large_norm = _sqrt(large + middle * down * down) / down
-    large_norm = jnp.where(jnp.isfinite(large), jnp.minimum(large_norm, largest), large_norm)
-    return jnp.where(large != 0, large_norm, jnp.where(middle != 0, _sqrt(middle), _sqrt(small) / up))
+def _at_once(arrays: tuple[jax.Array, ...], dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
+    """The same from three sums, of which one is used."""
+    (up, _, down), width = _factors(dtype), _width(dtype)
+    plain = _sum_of_squares(arrays, lambda x: x, dtype)
+    # The bounds never bind where a sum is used. They stand there because XLA would make (x·c)·(x·c) into (x·x)·(c·c), whose
+    # factors overflow.
+    small = _sum_of_squares(arrays, lambda x: jnp.minimum(jnp.abs(x) * up, 2.0 ** (60 * width)), dtype)
+    large = _sum_of_squares(arrays, lambda x: jnp.maximum(jnp.abs(x) * down, 2.0 ** (-70 * width)), dtype)
+    factor = _factor_for(plain)
+    return jnp.where(factor == 1, plain, jnp.where(factor < 1, large, small)), factor

@@ -1,0 +1,177 @@
+"""The one sum: exact, safe from overflow, and the same on a mesh."""
+
+import functools
+import re
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lionax
+from lionax.norms import _at_once, _if_needed, joint_norm
+
+
+def norm(*arrays):
+    return float(jax.jit(lambda *xs: joint_norm(xs))(*map(jnp.asarray, arrays)))
+
+
+EXTREME = {
+    "ones": [1.0] * 7, "zeros": [0.0] * 3, "large": [1e25, 1.0], "largest": [3e38, 3e38], "small": [1e-30, 2e-30],
+    "subnormal": [1e-40], "both": [1e25, 1e-25], "edges": [2.0**50, 2.0**-30], "large_and_plain": [1e18, 1e17], "single": [-3.0],
+}
+
+
+@pytest.mark.parametrize("form", [_if_needed, _at_once])
+@pytest.mark.parametrize("name", EXTREME)
+def test_every_magnitude(name, form):
+    """Both forms, the CPU's and the other platforms', on this platform."""
+    x = np.array(EXTREME[name], np.float32)
+    exact = np.linalg.norm(x.astype(np.float64))
+    for arrays in ((x,), (x[: len(x) // 2], x[len(x) // 2:])):
+        total, factor = jax.jit(functools.partial(form, dtype=jnp.dtype(jnp.float32)))(tuple(map(jnp.asarray, arrays)))
+        # XLA on the CPU flushes subnormal numbers to zero.
+        assert np.sqrt(float(total)) / float(factor) == pytest.approx(exact, rel=1e-6, abs=1.2e-38)
+        finite = min(exact, float(np.finfo(np.float32).max))
+        assert norm(*arrays) == pytest.approx(finite, rel=1e-6, abs=1.2e-38)
+
+
+def test_no_arrays_and_empty_arrays():
+    assert float(joint_norm([])) == 0.0
+    assert norm(jnp.zeros((0, 3))) == 0.0
+    assert norm(jnp.zeros((0, 3)), jnp.array([3.0, 4.0])) == 5.0
+
+
+def test_infinities_and_nan_are_not_hidden():
+    assert norm([np.inf, 1.0]) == np.inf
+    assert np.isnan(norm([np.nan, 1.0]))
+    assert np.isnan(norm([1.0, 2.0], [np.nan]))
+
+
+def test_many_bfloat16_leaves():
+    leaves = [jnp.full(64, 0.05, jnp.bfloat16)] * 2000
+    exact = np.sqrt(2000 * 64) * float(jnp.bfloat16(0.05))
+    assert norm(*leaves) == pytest.approx(exact, rel=1e-6)
+    with jax.numpy_dtype_promotion("standard"):
+        assert float(optax.tree.norm(leaves)) != pytest.approx(exact, rel=0.1)  # the row is kept honest
+    clipped, _ = (tx := lionax.clip_by_global_norm(1.0)).update(leaves, tx.init(leaves))
+    assert np.sqrt(sum(np.sum(np.asarray(leaf).astype(np.float64) ** 2) for leaf in clipped)) <= 1.003  # rounded to bfloat16
+
+
+def test_float16_and_huge_float32_are_clipped_to_a_unit_vector():
+    tx = lionax.clip_by_global_norm(1.0)
+    for x in (jnp.full(4, 300.0, jnp.float16), jnp.array([1e25, 1.0])):
+        clipped, _ = tx.update(x, tx.init(x))
+        assert clipped.dtype == x.dtype
+        assert np.linalg.norm(np.asarray(clipped).astype(np.float64)) == pytest.approx(1.0, rel=1e-3)
+
+
+def test_float64():
+    with jax.enable_x64(True):
+        x = jnp.asarray(np.random.default_rng(0).normal(size=1000))
+        assert norm(x) == pytest.approx(np.linalg.norm(x), rel=1e-14)
+        assert norm(x * 1e200) == pytest.approx(np.linalg.norm(x) * 1e200, rel=1e-14)
+
+
+@pytest.mark.parametrize("x", [[3.0, 4.0], [3e25, 4e25], [3e-25, 4e-25]])
+def test_derivative(x):
+    x = jnp.array(x)
+    slope = jax.grad(lambda x: joint_norm([x]))(x)
+    np.testing.assert_allclose(slope, [0.6, 0.8], rtol=1e-6)
+    assert jax.jvp(lambda x: joint_norm([x]), (x,), (x,))[1] == pytest.approx(float(joint_norm([x])), rel=1e-6)
+
+
+def test_derivative_at_zero_is_zero():
+    np.testing.assert_array_equal(jax.grad(lambda x: joint_norm([x]))(jnp.zeros(3)), 0.0)
+
+
+def test_vmap():
+    rows = jnp.array([[3.0, 4.0], [3e25, 4e25], [0.0, 0.0]])
+    np.testing.assert_allclose(jax.vmap(lambda row: joint_norm([row]))(rows), [5.0, 5e25, 0.0], rtol=1e-6)
+
+
+# On a mesh.
+
+
+AUTO = jax.sharding.AxisType.Auto
+PARAMS = {"rows": cases.normal(16, 4), "columns": cases.normal(4, 8, seed=1), "whole": cases.normal(3, seed=2)}
+SPECS = {"rows": P("x", "y"), "columns": P(None, "y"), "whole": P()}
+
+
+def state_specs(state):
+    """A slot is laid out like its parameter, whose name ends its path."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: SPECS.get(getattr(path[-1], "key", None), P()), state)
+
+
+@functools.cache
+def mesh():
+    return jax.make_mesh((4, 2), ("x", "y"), axis_types=(AUTO, AUTO))
+
+
+def make():
+    return lionax.chain(lionax.clip_by_global_norm(1.0), lionax.clip_by_norm(0.5), lionax.lamb(0.1, weight_decay=0.1))
+
+
+def reference(steps=3):
+    tx = make()
+    carry = PARAMS, tx.init(PARAMS)
+    step = jax.jit(tx.step)
+    for t in range(steps):
+        carry = step(*carry, cases.gradients(PARAMS, t))
+    return carry
+
+
+def test_shard_map_gives_the_global_norms():
+    tx = make()
+    state = tx.init(PARAMS)
+    specs = state_specs(state)
+    step = jax.jit(jax.shard_map(tx.step, mesh=mesh(), in_specs=(SPECS, specs, SPECS), out_specs=(SPECS, specs)))
+    carry = PARAMS, state
+    for t in range(3):
+        carry = step(*carry, cases.gradients(PARAMS, t))
+    cases.assert_equal(carry, reference(), rtol=1e-6)
+
+
+def test_shard_map_counts_a_replicated_leaf_once():
+    def norms(tree):
+        return joint_norm(jax.tree.leaves(tree)), joint_norm([tree["whole"]]), joint_norm([tree["rows"]])
+
+    together, whole, rows = jax.shard_map(norms, mesh=mesh(), in_specs=(SPECS,), out_specs=P())(PARAMS)
+    assert float(whole) == pytest.approx(np.linalg.norm(PARAMS["whole"]), rel=1e-6)
+    assert float(rows) == pytest.approx(np.linalg.norm(PARAMS["rows"]), rel=1e-6)
+    assert float(together) == pytest.approx(np.sqrt(sum(float(jnp.sum(p * p)) for p in PARAMS.values())), rel=1e-6)
+
+
+def test_shard_map_is_safe_from_overflow_on_one_shard():
+    x = jnp.ones(8).at[5].set(1e25)
+    total = jax.shard_map(lambda x: joint_norm([x]), mesh=mesh(), in_specs=P("x"), out_specs=P())(x)
+    assert float(total) == pytest.approx(1e25, rel=1e-6)
+
+
+def test_jit_on_a_mesh_gives_the_same_update():
+    tx = make()
+    place = lambda tree, specs: jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh(), spec)), tree, specs)  # noqa: E731
+    state = tx.init(PARAMS)
+    carry = place(PARAMS, SPECS), place(state, state_specs(state))
+    step = jax.jit(tx.step)
+    for t in range(3):
+        carry = step(*carry, place(cases.gradients(PARAMS, t), SPECS))
+    cases.assert_equal(carry, reference(), rtol=1e-6)
+    assert carry[0]["rows"].sharding.spec == P("x", "y")
+
+
+def test_each_norm_is_taken_once():
+    """Two sums for each leaf of LAMB in the compiled program, where Optax has four."""
+    params = {f"layer{i}": jnp.ones((4, 4 + i)) for i in range(10)}
+
+    def sums(tx):
+        text = jax.jit(tx.update).lower(params, tx.init(params), params).compile().as_text()
+        return len(re.findall(r"= f32\[\]\S* reduce\(", text))
+
+    assert sums(lionax.lamb(0.1)) == 20
+    with jax.numpy_dtype_promotion("standard"):
+        assert sums(optax.lamb(0.1)) == 40
