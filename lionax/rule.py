@@ -76,7 +76,7 @@ class Rule(Definition):
             value = getattr(self, field.name)
             if field.name.endswith("_dtype"):
                 value = storage.check_storage(value, self.name, field.name)
-            elif "scalar" in field.metadata and value is not None:
+            elif "scalar" in field.metadata and not (value is None and field.default is None):
                 value = check_scalar(value, field.metadata["scalar"], self.name, field.name)
             object.__setattr__(self, field.name, value)
 
