@@ -9,10 +9,10 @@ from lionax.clipping import clip, clip_by_global_norm, clip_by_norm
 from lionax.combining import chain, identity, masked, named_chain, partition, set_to_zero
 from lionax.decay import add_decayed_weights
 from lionax.hyperparameters import get_hyperparams, inject, set_hyperparams
+from lionax.masks import matching, not_matching, paths
 from lionax.momentum import ema, trace
 from lionax.monitoring import plan
 from lionax.optimizers import lamb, lion, sgd
-from lionax.paths import matching, not_matching, paths
 from lionax.rule import Rule
 from lionax.scaling import scale, scale_by_learning_rate, scale_by_schedule
 from lionax.sign_momentum import scale_by_lion

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from lionax import storage
 from lionax.combining import restrict
 from lionax.hyperparameters import Scalar, scalar
+from lionax.masks import Mask
 from lionax.momentum import debiasing
-from lionax.paths import Mask
 from lionax.rule import Rule, Step
 from lionax.storage import Storage
 from lionax.transformation import Transformation, constructor

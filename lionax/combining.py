@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from lionax.layout import Combination, Leaves, Member, TreeWide
-from lionax.paths import Mask, freeze
+from lionax.masks import Mask, freeze
 from lionax.rule import Definition, Rule, Step
 from lionax.transformation import Transformation, constructor
 
@@ -142,7 +142,7 @@ class Masked(Combination):
     """A definition that acts on the leaves of a mask. Its state is that of the definition."""
 
     part: Definition
-    mask: Any  # as `lionax.paths.freeze` gives it
+    mask: Any  # as `lionax.masks.freeze` gives it
     owner: str = "masked"  # for error messages
 
     def members(self, leaves: Leaves) -> list[Member]:
@@ -190,7 +190,7 @@ class Partition(Combination):
     """A definition for each label. Its state is a dict by label."""
 
     parts: tuple[tuple[str, Definition], ...]
-    labels: Any  # as `lionax.paths.freeze` gives it
+    labels: Any  # as `lionax.masks.freeze` gives it
 
     def members(self, leaves: Leaves) -> list[Member]:
         chosen = leaves.select(self.labels, str, "partition", "param_labels")

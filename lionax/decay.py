@@ -7,7 +7,7 @@ import jax
 
 from lionax.combining import restrict
 from lionax.hyperparameters import Scalar, scalar
-from lionax.paths import Mask
+from lionax.masks import Mask
 from lionax.rule import Rule, Step
 from lionax.transformation import Transformation, constructor
 

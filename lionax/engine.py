@@ -20,7 +20,7 @@ import optax
 from lionax import norms, storage
 from lionax.hyperparameters import Hyperparameter, Injected, value_at
 from lionax.layout import Layout, Leaves, Stage, gap, sweeps
-from lionax.paths import is_placeholder
+from lionax.masks import is_placeholder
 from lionax.rule import Definition, Rule, Step
 
 __all__ = ["State", "init", "run"]

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from lionax import storage
-from lionax.paths import is_placeholder, named_leaves, select
+from lionax.masks import is_placeholder, named_leaves, select
 from lionax.rule import Definition, Rule
 
 __all__ = ["Combination", "Layout", "Leaves", "Member", "Stage", "TreeWide", "gap", "sweeps"]
@@ -41,7 +41,7 @@ class Leaves:
         return [not is_placeholder(v) and not storage.is_float0(v) for v in self.values]
 
     def select(self, chosen: Any, kind: type, owner: str, argument: str) -> tuple[Any, ...]:
-        """A frozen mask or label tree as one value for each leaf, see `lionax.paths.select`."""
+        """A frozen mask or label tree as one value for each leaf, see `lionax.masks.select`."""
         return select(chosen, kind, self.params, self.paths, self.present, owner, argument)
 
     def only(self, active: Sequence[bool]) -> Any:

@@ -78,10 +78,9 @@ def _norm_jvp(dtype, primals, tangents):
     return norm, _total([jnp.sum(u * d.astype(dtype)) for u, d in zip(unit, directions, strict=True)], dtype)
 
 
-def _factors(dtype: np.dtype) -> tuple[np.generic, np.generic, np.generic]:
-    """What elements are multiplied by before they are squared: if they are small, as a rule, or large."""
-    up, one, down = np.exp2(np.array([90.0, 0.0, -90.0]) * _width(dtype)).astype(dtype)
-    return up, one, down
+def _factors(dtype: np.dtype) -> tuple[float, float]:
+    """What elements are multiplied by before they are squared, where the plain sum is too small or too large."""
+    return 2.0 ** (90 * _width(dtype)), 2.0 ** (-90 * _width(dtype))
 
 
 def _width(dtype: np.dtype) -> int:
@@ -91,9 +90,9 @@ def _width(dtype: np.dtype) -> int:
 
 def _factor_for(total: jax.Array) -> jax.Array:
     """The factor to use where the plain sum of squares is ``total``; NaN and inf belong to the large."""
-    up, one, down = _factors(total.dtype)
+    up, down = _factors(total.dtype)
     low, high = 2.0 ** (-60 * _width(total.dtype)), 2.0 ** (100 * _width(total.dtype))
-    return jnp.where(total < high, jnp.where(total > low, one, up), down)
+    return jnp.where(total < high, jnp.where(total > low, 1.0, up), down).astype(total.dtype)
 
 
 def _sum_of_squares(arrays: Sequence[jax.Array], scale: Callable[[jax.Array], jax.Array], dtype: np.dtype) -> jax.Array:
@@ -124,7 +123,7 @@ def _if_needed(arrays: tuple[jax.Array, ...], dtype: np.dtype) -> tuple[jax.Arra
 
 def _at_once(arrays: tuple[jax.Array, ...], dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
     """The same from three sums, of which one is used."""
-    (up, _, down), width = _factors(dtype), _width(dtype)
+    (up, down), width = _factors(dtype), _width(dtype)
     plain = _sum_of_squares(arrays, lambda x: x, dtype)
     # The bounds never bind where a sum is used. They stand there because XLA would make (x·c)·(x·c) into (x·x)·(c·c), whose
     # factors overflow.

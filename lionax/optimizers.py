@@ -14,8 +14,8 @@ from lionax.adaptive import scale_by_adam, scale_by_trust_ratio
 from lionax.combining import chain, identity
 from lionax.decay import add_decayed_weights
 from lionax.hyperparameters import Scalar
+from lionax.masks import Mask
 from lionax.momentum import trace
-from lionax.paths import Mask
 from lionax.scaling import scale_by_learning_rate
 from lionax.sign_momentum import scale_by_lion
 from lionax.storage import Storage

@@ -84,7 +84,7 @@ def scale_by_schedule(step_size_fn: Scalar) -> Transformation:
       TypeError: if it is not a function.
 
     >>> import jax.numpy as jnp, lionax
-    >>> tx = lionax.scale_by_schedule(lambda step: 1.0 / (step + 1))
+    >>> tx = lionax.scale_by_schedule(lambda step: jnp.where(step < 1, 1.0, 0.5))
     >>> _, state = tx.update(jnp.array(6.0), tx.init(jnp.array(0.0)))
     >>> float(tx.update(jnp.array(6.0), state)[0])
     3.0

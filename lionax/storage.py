@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lionax.paths import is_placeholder
+from lionax.masks import is_placeholder
 
 __all__ = ["Storage", "accumulator", "add", "check_storage", "compute_dtype", "is_float0", "load", "store", "zeros"]
 

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from lionax import engine, storage
-from lionax.paths import is_placeholder
+from lionax.masks import is_placeholder
 from lionax.rule import Definition
 
 __all__ = ["Transformation", "apply_updates", "constructor"]

@@ -101,7 +101,7 @@ def test_shape_and_structure(run):
 
 def test_a_gradient_for_an_absent_parameter():
     tx = lionax.scale(1.0)
-    with pytest.raises(ValueError, match="the gradient of 'a' has shape .* the parameter is None"):
+    with pytest.raises(ValueError, match=r"the gradient of 'a' has shape .* the parameter is None"):
         tx.update({"a": jnp.ones(2)}, tx.init({"a": None}), {"a": None})
 
 
@@ -171,7 +171,7 @@ def test_a_schedule_must_return_a_scalar():
 def test_what_is_no_definition():
     with pytest.raises(TypeError, match="is not a definition"):
         lionax.Transformation.of(3).init(PARAMS)
-    with pytest.raises(TypeError, match="plan: .* is not a lionax transformation"):
+    with pytest.raises(TypeError, match=r"plan: .* is not a lionax transformation"):
         lionax.plan(optax.sgd(0.1), PARAMS)
     with pytest.raises(KeyError, match="the state holds 0 averages"):
         lionax.averaged_params(lionax.lion(1e-3).init(PARAMS))

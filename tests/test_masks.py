@@ -198,7 +198,7 @@ def test_a_function_that_returns_no_mask():
 
 def test_bad_labels():
     make = lambda labels: lionax.partition({"a": lionax.scale(1.0), "b": lionax.scale(2.0)}, labels)  # noqa: E731
-    with pytest.raises(ValueError, match=r"the leaf 'scale' has the label 'c', for which there is no transformation; there are \['a', 'b'\]"):
+    with pytest.raises(ValueError, match=r"the leaf 'scale' has the label 'c', for which there is no .*\['a', 'b'\]"):
         make({"dense": "a", "scale": "c"}).init(PARAMS)
     with pytest.raises(TypeError, match="at 'scale' it has True"):
         make({"dense": "a", "scale": True}).init(PARAMS)
@@ -210,6 +210,6 @@ def test_bad_labels():
 
 @given(st.lists(st.sampled_from(["a", "b", "ab", "ba"]), min_size=1, max_size=4, unique=True))
 def test_matching_and_not_matching_are_opposites(names):
-    tree = {name: 1.0 for name in names}
+    tree = dict.fromkeys(names, 1.0)
     chosen, others = (mask("a|b")(tree) for mask in (lionax.matching, lionax.not_matching))
     assert all(chosen[name] != others[name] for name in names)

@@ -1,0 +1,84 @@
+"""The command line: ``lionax demo``."""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+CHOICES = ("lion", "lamb", "sgd", "adamw")
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in CHOICES]
+    if unknown or not names:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown) or 'nothing'}: give some of {','.join(CHOICES)}")
+    return list(dict.fromkeys(names))
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of steps, at least 1")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lionax", description="Composable gradient transformations for JAX.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser("demo", help="train a small transformer with several optimizers and compare them",
+                               description="Trains a small causal transformer on the text of Python's help topics, once with each "
+                               "optimizer, from the same weights and on the same batches. Needs no network.",
+                               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    demo.add_argument("--optimizers", type=_names, default="lion,adamw", metavar="NAMES",
+                      help=f"comma-separated, out of {','.join(CHOICES)} (adamw is Optax's)")
+    demo.add_argument("--steps", type=_positive, default=800, help="training steps with each optimizer")
+    demo.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
+    demo.add_argument("--out", type=pathlib.Path, default=pathlib.Path("lionax-demo.png"), help="where to save the curves, as a PNG")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    if not options.out.parent.is_dir():
+        sys.exit(f"lionax demo: --out {options.out}: the folder {options.out.parent} does not exist")
+    try:
+        import flax  # noqa: F401
+        import matplotlib  # noqa: F401
+        import rich  # noqa: F401
+    except ImportError as missing:
+        sys.exit(f"lionax demo needs {missing.name}: pip install 'lionax[demo]'")
+    return _demo(options)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from lionax.demo import report, text, training
+
+    console = Console()
+    corpus = text.load()
+    txs = {name: training.optimizer(name, options.steps) for name in options.optimizers}
+    columns = (TextColumn("{task.description:>6}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+               TextColumn("{task.fields[loss]}"))
+    runs, milliseconds, status = [], {}, 0
+    try:
+        with Progress(*columns, console=console) as progress:
+            tasks = {name: progress.add_task(name, total=options.steps, loss="") for name in txs}
+            for name, tx in txs.items():
+                for run in training.train(name, tx, corpus, options.steps, options.seed):
+                    if run not in runs:
+                        runs.append(run)
+                    progress.update(tasks[name], completed=run.steps[-1], loss=f"{run.validation[-1]:.3f} bits per character")
+        milliseconds = training.optimizer_milliseconds(txs, corpus)
+    except KeyboardInterrupt:
+        console.print("Interrupted: what was reached so far.")
+        status = 130
+    if runs:
+        console.print(report.table(runs, milliseconds, corpus.bigram_entropy))
+        report.draw(runs, corpus.bigram_entropy, options.out)
+        console.print(f"Curves: {options.out}")
+    return status

@@ -1,0 +1,101 @@
+"""The main job, at a small size."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from lionax.demo import command, text, training
+
+ENVIRONMENT = {**os.environ, "XLA_FLAGS": "", "COLUMNS": "120"}
+
+
+def demo(*arguments):
+    return [sys.executable, "-m", "lionax", "demo", *arguments]
+
+
+def test_the_text_is_english_and_its_entropy_is_that_of_a_table_of_pairs():
+    corpus = text.load()
+    assert len(corpus.train) > 300_000
+    assert "".join(corpus.vocabulary[i] for i in corpus.train[:2000]).count(" the ") > 3
+    tiny = text.Text("ab", np.array([0, 1, 0, 1, 0, 1]), np.array([0, 1], np.int64))
+    assert tiny.bigram_entropy == 0.0
+    fair = np.random.default_rng(0).integers(0, 2, 200_000)
+    assert text.Text("ab", fair[:-10], fair[-10:]).bigram_entropy == pytest.approx(1.0, abs=1e-3)
+
+
+def test_batches_are_the_same_for_the_same_seed():
+    corpus = text.load()
+    one, two = (corpus.batch(corpus.train, 4, 16, (3, 0, 5)) for _ in range(2))
+    assert one.shape == (4, 17)
+    np.testing.assert_array_equal(one, two)
+
+
+def test_learning_rates_come_from_the_recorded_sweep():
+    record = training.recorded_sweep()
+    assert record["command"].startswith("python -m lionax.demo.sweep")
+    for name in command.CHOICES:
+        tried = record["bits_per_character"][name]
+        assert min(tried, key=tried.get) in list(tried)[1:-1], "the best rate lies within the grid"
+
+
+def test_demo(tmp_path):
+    out = tmp_path / "curves.png"
+    result = subprocess.run(demo("--optimizers", "lion,lamb,sgd,adamw", "--steps", "30", "--out", str(out)), env=ENVIRONMENT,
+                            capture_output=True, text=True, check=True)
+    for name in command.CHOICES:
+        bits, step, _, state = re.search(rf"│ {name} +│ +([\d.]+) │ +(\d+) │ +([\d.]+) │ +([\d.]+) │", result.stdout).groups()
+        assert float(bits) < 6.0
+        assert step == "30"
+        assert float(state) == pytest.approx({"lion": 4, "lamb": 8, "sgd": 4, "adamw": 8}[name], abs=0.1)
+    assert "bigram entropy" in result.stdout
+    assert imread(out).shape[0] > 300
+
+
+def test_an_interrupt_leaves_the_partial_table(tmp_path):
+    process = subprocess.Popen(demo("--steps", "100000", "--out", str(tmp_path / "curves.png")), env=ENVIRONMENT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    time.sleep(20)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Interrupted" in stdout
+    assert "bits per character" in stdout
+    assert "Traceback" not in stdout + stderr
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--optimizers", "adam"], "adam: give some of lion,lamb,sgd,adamw"), (["--steps", "0"], "'0' is not a number of steps"),
+    (["--out", "no/such/folder.png"], "does not exist")])
+def test_bad_options(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        command.main(["demo", *arguments])
+    assert message in (capsys.readouterr().err + str(exit_.value))
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        command.main(["demo", "--help"])
+    shown = capsys.readouterr().out
+    assert all(option in shown for option in ("--optimizers", "--steps", "--seed", "--out"))
+
+
+def test_without_the_extra_the_remedy_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flax", None)
+    with pytest.raises(SystemExit, match=r"pip install 'lionax\[demo\]'"):
+        command.main(["demo"])
+
+
+@pytest.mark.slow
+def test_the_model_learns_more_than_pairs(tmp_path):
+    result = subprocess.run(demo("--out", str(tmp_path / "curves.png")), env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    entropy = float(re.search(r"bigram entropy\) +│ +([\d.]+)", result.stdout).group(1))
+    for name in ("lion", "adamw"):
+        assert float(re.search(rf"│ {name} +│ +([\d.]+) ", result.stdout).group(1)) < entropy
+

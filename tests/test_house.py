@@ -1,0 +1,151 @@
+"""The rules of the house."""
+
+import ast
+import inspect
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import textwrap
+
+import cases
+import pytest
+
+import lionax
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = ROOT / "lionax"
+MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path for path in PACKAGE.rglob("*.py")}
+
+# From the bottom up: a module imports only from those before it.
+ORDER = ["masks", "storage", "norms", "hyperparameters", "rule", "layout", "engine", "transformation", "combining", "sign_momentum",
+         "momentum", "adaptive", "decay", "clipping", "scaling", "averaging", "optimizers", "monitoring", "__init__",
+         "demo.__init__", "demo.text", "demo.model", "demo.training", "demo.report", "demo.sweep", "demo.command", "__main__"]
+CORE = [name for name in ORDER if not name.startswith(("demo", "__"))]
+MAKERS = [name for name in lionax.__all__ if getattr(getattr(lionax, name), "__annotations__", {}).get("return") is lionax.Transformation]
+
+
+def tree(name):
+    return ast.parse(MODULES[name].read_text())
+
+
+def imported(name):
+    """The modules of lionax that a module imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "lionax":
+            inside = node.module.removeprefix("lionax").removeprefix(".")
+            for alias in node.names:
+                full = f"{inside}.{alias.name}".removeprefix(".")
+                found.add(full if full in MODULES else inside or "__init__")
+        elif isinstance(node, ast.Import):
+            found.update("__init__" for alias in node.names if alias.name == "lionax")
+    return found
+
+
+def exported(name):
+    for node in tree(name).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else node.target if isinstance(node, ast.AnnAssign) else None
+        if isinstance(target, ast.Name) and target.id == "__all__":
+            return ast.literal_eval(node.value)
+    return None
+
+
+def test_every_module_has_its_place_in_the_order():
+    assert set(ORDER) == set(MODULES)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_imports_point_down(name):
+    for other in imported(name):
+        assert ORDER.index(other) < ORDER.index(name), f"{name} imports {other}"
+
+
+@pytest.mark.parametrize("name", [name for name in ORDER if not name.endswith("__main__")])
+def test_modules(name):
+    assert ast.get_docstring(tree(name)), "a module begins with what it is for"
+    names = exported(name)
+    assert names is not None, "a module says what it exports"
+    assert names == sorted(names)
+    assert name.split(".")[-1] not in names, "a module must not have the name of what it exports"
+    assert len(MODULES[name].read_text().splitlines()) <= 440
+    assert not re.search(r"(^|_)(utils?|misc|common|src|helpers?)(_|$)", name)
+
+
+def test_every_public_name_is_exported_once():
+    homes = {}
+    for module in CORE:
+        for name in exported(module):
+            assert homes.setdefault(name, module) == module, f"{name} is in {homes[name]} and {module}"
+    assert set(lionax.__all__) <= set(homes)
+    assert lionax.__all__ == sorted(lionax.__all__)
+
+
+@pytest.mark.parametrize("name", lionax.__all__)
+def test_public_names_are_documented(name):
+    thing = getattr(lionax, name)
+    text = inspect.getdoc(thing)
+    assert text
+    if name in ("Rule", "Transformation"):
+        return
+    assert ">>> " in text, "a doctest"
+    assert len(re.findall(r"^\s*(>>>|\.\.\.)", text, re.M)) <= 8
+    for parameter in inspect.signature(thing).parameters:
+        assert re.search(rf"^\s+\**{parameter}: ", text, re.M), f"{parameter} has no description"
+    source = textwrap.dedent(inspect.getsource(inspect.unwrap(thing)))
+    if "raise " in source:
+        assert "Raises:" in text
+
+
+def test_every_transformation_is_in_the_table_of_cases():
+    assert {"lion", "lamb", "sgd", "trace", "chain"} <= set(MAKERS)
+    assert set(MAKERS) == {case.public for case in cases.CASES.values()}
+
+
+def test_state_fields_are_commented():
+    for module in CORE:
+        source = MODULES[module].read_text().splitlines()
+        for node in ast.walk(tree(module)):
+            if isinstance(node, ast.ClassDef) and any(getattr(base, "id", "") == "NamedTuple" for base in node.bases):
+                for field in node.body:
+                    if isinstance(field, ast.AnnAssign):
+                        assert "  # " in source[field.lineno - 1], f"{module}.{node.name}: {source[field.lineno - 1]}"
+
+
+def run(code, **environment):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT,
+                          env={**os.environ, **environment})
+
+
+def test_importing_touches_no_device_and_no_optional_package():
+    code = """
+    import sys
+    for name in ("flax", "equinox", "matplotlib", "rich", "orbax", "hypothesis", "pytest"):
+        sys.modules[name] = None
+    import lionax
+    from jax._src import xla_bridge
+    assert not xla_bridge._backends, xla_bridge._backends
+    lionax.chain(lionax.clip_by_global_norm(1.0), lionax.lion(1e-3, mask=lionax.matching("bias")))
+    assert not xla_bridge._backends, "constructing touches a device"
+    """
+    result = run(textwrap.dedent(code))
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_package_is_typed_and_versioned():
+    assert (PACKAGE / "py.typed").exists()
+    assert f"## {lionax.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_readme_shows_what_is_there():
+    text = (ROOT / "README.md").read_text()
+    for command in ('pip install ".[demo]" && lionax demo', 'pip install -e ".[test]" && pytest'):
+        assert command in text
+    for link in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (ROOT / link).exists(), link
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert blocks
+    for block in blocks:
+        result = run(block)
+        assert result.returncode == 0, result.stderr
