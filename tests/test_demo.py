@@ -67,6 +67,7 @@ def test_an_interrupt_leaves_the_partial_table(tmp_path):
     assert process.returncode == 130
     assert "Interrupted" in stdout
     assert "bits per character" in stdout
+    assert re.search(r"│ lion +│ +[\d.]+ │", stdout)
     assert "Traceback" not in stdout + stderr
 
 

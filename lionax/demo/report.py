@@ -15,9 +15,10 @@ __all__ = ["draw", "table"]
 
 def table(runs: list[Run], milliseconds: dict[str, float], bigram_entropy: float) -> Table:
     """A row for each optimizer, and one for what a table of character pairs could reach."""
-    rows = Table(title="Validation on the last tenth of Python's help topics")
-    for column in ("optimizer", "bits per character", "after step", "ms per optimizer step", "bytes of state per parameter"):
-        rows.add_column(column, justify="left" if column == "optimizer" else "right")
+    rows = Table(title="Validation loss on the last tenth of Python's help topics",
+                 caption="bits per character · ms of the optimizer's step alone · bytes of its state per parameter")
+    for column in ("optimizer", "validation", "at step", "ms per step", "state bytes"):
+        rows.add_column(column, justify="left" if column == "optimizer" else "right", no_wrap=True)
     for run in runs:
         time = f"{milliseconds[run.name]:.2f}" if run.name in milliseconds else "–"
         rows.add_row(run.name, f"{run.validation[-1]:.3f}", str(run.steps[-1]), time, f"{run.state_bytes / run.parameters:.2f}")
