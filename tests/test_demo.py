@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from matplotlib.image import imread
@@ -58,16 +59,36 @@ def test_demo(tmp_path):
     assert imread(out).shape[0] > 300
 
 
-def test_an_interrupt_leaves_the_partial_table(tmp_path):
+def test_an_interrupt_leaves_the_partial_table(tmp_path, monkeypatch, capsys):
+    train = training.train
+
+    def interrupted(name, *arguments):
+        for run in train(name, *arguments):
+            yield run
+            if name == "adamw" and run.steps[-1] == 25:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "train", interrupted)
+    monkeypatch.setenv("COLUMNS", "120")
+    with jax.numpy_dtype_promotion("standard"):
+        status = command.main(["demo", "--optimizers", "sgd,adamw,lion", "--steps", "50", "--out", str(tmp_path / "curves.png")])
+    assert status == 130
+    shown = capsys.readouterr().out
+    assert "Interrupted" in shown
+    assert re.search(r"│ sgd +│ +[\d.]+ │ +50 │", shown)
+    assert re.search(r"│ adamw +│ +[\d.]+ │ +25 │", shown)
+    assert "lion  " not in shown.partition("validation")[2]
+    assert (tmp_path / "curves.png").exists()
+
+
+def test_an_interrupt_at_any_time_leaves_no_traceback(tmp_path):
     process = subprocess.Popen(demo("--steps", "100000", "--out", str(tmp_path / "curves.png")), env=ENVIRONMENT, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)
-    time.sleep(20)
+    time.sleep(12)
     process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Interrupted" in stdout
-    assert "bits per character" in stdout
-    assert re.search(r"│ lion +│ +[\d.]+ │", stdout)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130, stderr
+    assert "Interrupted" in stdout + stderr
     assert "Traceback" not in stdout + stderr
 
 

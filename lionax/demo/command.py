@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 __all__ = ["main"]
 
+INTERRUPTED = 130  # the exit status of a command that was stopped by Ctrl-C
 CHOICES = ("lion", "lamb", "sgd", "adamw")
 
 
@@ -41,7 +42,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    try:
+        return _run(_parser().parse_args(arguments))
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(options: argparse.Namespace) -> int:
     if not options.out.parent.is_dir():
         sys.exit(f"lionax demo: --out {options.out}: the folder {options.out.parent} does not exist")
     try:
@@ -76,7 +84,7 @@ def _demo(options: argparse.Namespace) -> int:
         milliseconds = training.optimizer_milliseconds(txs, corpus)
     except KeyboardInterrupt:
         console.print("Interrupted: what was reached so far.")
-        status = 130
+        status = INTERRUPTED
     if runs:
         console.print(report.table(runs, milliseconds, corpus.bigram_entropy))
         report.draw(runs, corpus.bigram_entropy, options.out)

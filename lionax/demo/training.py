@@ -87,8 +87,9 @@ def train(name: str, tx: lionax.Transformation, text: Text, steps: int, seed: in
     held_out = jnp.stack([text.batch(text.validation, BATCH, LENGTH, (seed, 1, i)) for i in range(EVALUATION_BATCHES)])
     for step in range(steps + 1):
         if step % EVALUATE_EVERY == 0 or step == steps:
+            reached = float(validate(params, held_out))  # may be interrupted, and then leaves the record whole
             run.steps.append(step)
-            run.validation.append(float(validate(params, held_out)))
+            run.validation.append(reached)
             yield run
         if step < steps:
             params, state = train_step(params, state, text.batch(text.train, BATCH, LENGTH, (seed, 0, step)))
