@@ -3,6 +3,7 @@
 How it is made: `lionax.rule` first, then `lionax.engine`.
 """
 
+from lionax.accumulation import accumulate
 from lionax.adaptive import scale_by_adam, scale_by_trust_ratio
 from lionax.averaging import averaged_params, params_ema
 from lionax.clipping import clip, clip_by_global_norm, clip_by_norm
@@ -14,6 +15,7 @@ from lionax.momentum import ema, trace
 from lionax.monitoring import plan
 from lionax.optimizers import lamb, lion, sgd
 from lionax.rule import Rule
+from lionax.safety import dynamic_loss_scale, skip_nonfinite, unscale
 from lionax.scaling import scale, scale_by_learning_rate, scale_by_schedule
 from lionax.sign_momentum import scale_by_lion
 from lionax.transformation import Transformation, apply_updates
@@ -23,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Rule",
     "Transformation",
+    "accumulate",
     "add_decayed_weights",
     "apply_updates",
     "averaged_params",
@@ -30,6 +33,7 @@ __all__ = [
     "clip",
     "clip_by_global_norm",
     "clip_by_norm",
+    "dynamic_loss_scale",
     "ema",
     "get_hyperparams",
     "identity",
@@ -53,5 +57,7 @@ __all__ = [
     "set_hyperparams",
     "set_to_zero",
     "sgd",
+    "skip_nonfinite",
     "trace",
+    "unscale",
 ]

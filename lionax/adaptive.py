@@ -105,8 +105,10 @@ class ScaleByTrustRatio(Rule):
 
     def apply(self, update: jax.Array, slots: Any, param: Any, step: Step) -> tuple[jax.Array, Any]:
         update_norm, param_norm = (jnp.maximum(norm, self.min_norm) for norm in step.norms)
-        ratio = self.trust_coefficient * param_norm / (update_norm + self.eps)
         either_zero = jnp.logical_or(param_norm == 0.0, update_norm == 0.0)
+        # The divisor is replaced, too: else a derivative through the ratio would be NaN where it is not used.
+        divisor = jnp.where(either_zero, jnp.ones_like(update_norm), update_norm + self.eps)
+        ratio = self.trust_coefficient * param_norm / divisor
         return update * jnp.where(either_zero, jnp.ones_like(ratio), ratio), slots
 
 

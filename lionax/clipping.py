@@ -55,7 +55,7 @@ class ClipByNorm(Rule):
     def apply(self, update: jax.Array, slots: Any, param: Any, step: Step) -> tuple[jax.Array, Any]:
         (norm,) = step.norms
         # A NaN norm fails the comparison and so reaches every element: silence would hide it.
-        return jnp.where(norm < self.max_norm, update, (update / norm) * self.max_norm), slots
+        return jnp.where(norm <= self.max_norm, update, (update / norm) * self.max_norm), slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ class ClipByGlobalNorm(ClipByNorm):
 
 @constructor
 def clip_by_norm(max_norm: Scalar) -> Transformation:
-    """Limits the Euclidean norm of each leaf: ``u ← u·max_norm / ‖u‖`` where ``‖u‖ ≥ max_norm``.
+    """Limits the Euclidean norm of each leaf: ``u ← u·max_norm / ‖u‖`` where ``‖u‖ > max_norm``.
 
     Keras calls it ``clipnorm``. Norms as in `clip_by_global_norm`.
 
@@ -87,10 +87,11 @@ def clip_by_norm(max_norm: Scalar) -> Transformation:
 
 @constructor
 def clip_by_global_norm(max_norm: Scalar) -> Transformation:
-    """Limits the Euclidean norm of all leaves together: ``u ← u·max_norm / ‖u‖`` where ``‖u‖ ≥ max_norm``.
+    """Limits the Euclidean norm of all leaves together: ``u ← u·max_norm / ‖u‖`` where ``‖u‖ > max_norm``.
 
     The norm is summed in float32 (float64 for float64 leaves), pairwise over leaves, without overflow or underflow. It is
-    that of the whole tree on a mesh too: inside ``shard_map`` the sum runs over the mesh axes on which a leaf varies.
+    that of the whole tree on a mesh too: inside ``shard_map`` the sum runs over the mesh axes on which a leaf varies (which
+    JAX knows unless ``check_vma=False``).
     A gradient with NaN or an infinite element has a norm of NaN or infinity, and its update is NaN or 0; leave such steps out.
 
     Args:

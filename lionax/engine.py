@@ -23,7 +23,7 @@ from lionax.layout import Layout, Leaves, Stage, gap, sweeps
 from lionax.masks import is_placeholder
 from lionax.rule import Definition, Rule, Step
 
-__all__ = ["State", "init", "run"]
+__all__ = ["State", "init", "no_update", "run", "run_if"]
 
 
 class State(NamedTuple):
@@ -95,6 +95,19 @@ def run(definition: Definition, updates: Any, state: State, params: Any, extra: 
         out = passage.in_dtype_of_gradients()
     new = State(jnp.asarray(optax.safe_increment(state.count)), passage.settings.record(), layout.pack(iter(passage.states)))
     return grads.treedef.unflatten(out), new
+
+
+def run_if(predicate: jax.Array, definition: Definition, updates: Any, state: State, params: Any,
+           extra: dict[str, Any]) -> tuple[Any, State]:
+    """`run` where the predicate holds; else updates of zero and the state as it is. The one not taken costs nothing."""
+    return jax.lax.cond(predicate, lambda: run(definition, updates, state, params, extra, write=False),
+                        lambda: (no_update(updates), state))
+
+
+def no_update(updates: Any) -> Any:
+    """Zeros like these."""
+    # Chosen rather than made, so that inside `shard_map` a zero varies over the axes that its update varies on.
+    return jax.tree.map(lambda u: jnp.where(jnp.zeros((), bool), u, jnp.zeros_like(u)), updates)
 
 
 class _Passage:
@@ -172,10 +185,11 @@ class _Passage:
         measured = tuple(norm.astype(update.dtype) for norm in tree_norms)
         if rule.scope == "leaf":
             measured = tuple(norms.joint_norm([array]) for array in rule.measure(update, param))
-        fits = all(jnp.shape(slot) == update.shape for slot in stored)
-        if not fits:
+        shapes = jax.tree.map(jnp.shape, stored)
+        if any(slot.shape != update.shape for slot in jax.tree.leaves(stored)) and (
+                shapes != jax.tree.map(jnp.shape, jax.eval_shape(rule.init, update))):
             raise ValueError(f"{rule.name}: the gradient of {self.grads.paths[leaf]!r} has shape {update.shape}, its state "
-                             f"{jax.tree.map(jnp.shape, stored)}; they must be equal")
+                             f"{shapes}; they do not fit")
         loaded = jax.tree.map(lambda slot: storage.load(slot, update.dtype), stored)
         self.updates[leaf], slots = rule.apply(update, loaded, param, Step(self.count, measured))
         return jax.tree.map(storage.store, slots, stored)
@@ -220,13 +234,16 @@ class _Settings:
         if name is None or self._held is None:
             return value
         held = self._held[name]
+        if not isinstance(held, Hyperparameter):
+            raise TypeError(f"the hyperparameter {name!r} in the state is {held!r}; assign it with lionax.set_hyperparams(state, ...)")
         return jnp.where(held.overridden, held.value.astype(dtype), jnp.asarray(value, dtype))
 
     def record(self) -> dict[str, Hyperparameter]:
         """What the state is to hold after this step, or, without a state, at the beginning."""
         new = {}
         for (i, field), name in self._names.items():
-            value = jnp.asarray(self._value(i, field, jnp.dtype(jnp.float32)), jnp.float32)
+            # A copy: a schedule may return an array of the caller's, which a donated state must not take along.
+            value = jnp.array(self._value(i, field, jnp.dtype(jnp.float32)), jnp.float32)
             if self._held is None:
                 overridden = jnp.asarray(isinstance(getattr(self._program[i].rule, field), Injected))
             else:
@@ -249,13 +266,13 @@ def _recorded(program: Sequence[Stage]) -> dict[tuple[int, str], str]:
     held = [(i, field) for i, stage in enumerate(program) for field, value in _scalars(stage)
             if (i, field) in always or isinstance(value, Injected)]
     names = [field for _, field in held]
-    for parts in (lambda i: program[i].key,
-                  lambda i: (*program[i].key, program[i].rule.name),
-                  lambda i: (*program[i].key, f"{program[i].rule.name}_{i}")):
+    for prefix in (lambda i: program[i].key, lambda i: (*program[i].key, program[i].rule.name)):
         times = Counter(names)
-        names = ["/".join((*parts(i), field)) if times[name] > 1 else name
+        names = ["/".join((*prefix(i), field)) if times[name] > 1 else name
                  for name, (i, field) in zip(names, held, strict=True)]
-    return dict(zip(held, names, strict=True))
+    times = Counter(names)
+    numbered = [f"{name}_{names[:at].count(name)}" if times[name] > 1 else name for at, name in enumerate(names)]
+    return dict(zip(held, numbered, strict=True))
 
 
 def _refuse_dtype(rule: Any, leaf: Any, what: str) -> None:

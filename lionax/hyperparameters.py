@@ -127,8 +127,9 @@ def value_at(definition: Any, count: jax.Array, owner: str) -> Any:
     if not callable(definition):
         return definition
     value: Any = definition(count)
-    if jnp.shape(value) != ():
-        raise ValueError(f"{owner}: a schedule must return a scalar; at this step it gave shape {jnp.shape(value)}")
+    if value is None or jnp.shape(value) != ():
+        what = "None" if value is None else f"shape {jnp.shape(value)}"
+        raise ValueError(f"{owner}: a schedule must return a scalar; at this step it gave {what}")
     return value
 
 
@@ -162,7 +163,7 @@ def get_hyperparams(state: Any) -> dict[str, jax.Array]:
     >>> {name: round(float(value), 6) for name, value in lionax.get_hyperparams(state).items()}
     {'learning_rate': 0.001}
     """
-    return {name: node.value for name, node in _found(state).values()}
+    return {name: jax.tree.leaves(node.value)[0] for name, node in _found(state).values()}
 
 
 def set_hyperparams(state: Any, **values: Any) -> Any:
@@ -201,14 +202,20 @@ def set_hyperparams(state: Any, **values: Any) -> Any:
         value = values[name]
         if value is None:
             return Hyperparameter(node.value, _like(False, node.overridden))
-        value = check_scalar(value, Interval(), "set_hyperparams", name, dynamic=False)
+        (held_value,) = jax.tree.leaves(node.value)
+        if np.ndim(value) == 0 or np.shape(value) != held_value.shape:  # a state under vmap takes an array of them
+            value = check_scalar(value, Interval(), "set_hyperparams", name, dynamic=False)
         return Hyperparameter(_like(value, node.value), _like(True, node.overridden))
 
     return jax.tree_util.tree_map_with_path(assign, state, is_leaf=is_hyperparameter)
 
 
-def _like(value: Any, old: jax.Array) -> jax.Array:
-    """A scalar with the dtype and, where it has one, the placement of another, so that a compiled step still fits."""
-    new = jnp.asarray(value).astype(old.dtype)
-    placed = isinstance(old, jax.Array) and not isinstance(old, Tracer) and not isinstance(new, Tracer)
-    return jax.device_put(new, old.sharding) if placed and old.committed else new
+def _like(value: Any, old: Any) -> Any:
+    """A value in the form of the one that it replaces: its dtype, shape, placement and container, so that a compiled step fits."""
+
+    def one(array):
+        new = jnp.broadcast_to(jnp.asarray(value).astype(array.dtype), array.shape)
+        placed = isinstance(array, jax.Array) and not isinstance(array, Tracer) and not isinstance(new, Tracer)
+        return jax.device_put(new, array.sharding) if placed and array.committed else new
+
+    return jax.tree.map(one, old)  # a Flax optimizer keeps each array of the state in a variable

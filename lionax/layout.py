@@ -17,7 +17,7 @@ from lionax import storage
 from lionax.masks import is_placeholder, named_leaves, select
 from lionax.rule import Definition, Rule
 
-__all__ = ["Combination", "Layout", "Leaves", "Member", "Stage", "TreeWide", "gap", "sweeps"]
+__all__ = ["Combination", "Layout", "Leaves", "Member", "Stage", "TreeWide", "gap", "present", "sweeps"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,12 @@ def _as_array(leaf: Any, path: str) -> Any:
         return jnp.asarray(leaf)
     raise TypeError(f"the leaf {path!r} is {leaf!r}, not an array; keep only arrays in the tree (with Equinox: "
                     "eqx.filter(model, eqx.is_inexact_array))")
+
+
+def present(tree: Any) -> list[jax.Array]:
+    """The arrays of a tree, without placeholders and float0."""
+    leaves = Leaves.of(tree, None)
+    return [value for value, here in zip(leaves.values, leaves.present, strict=True) if here]
 
 
 def gap(value: Any) -> Any:

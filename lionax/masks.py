@@ -6,7 +6,9 @@ NNX wraps each array in a variable; the ``value`` that this adds to the end of a
 """
 
 import difflib
+import functools
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,15 +32,24 @@ def is_placeholder(leaf: Any) -> bool:
 
 
 def _join(keys: Sequence[Any]) -> str:
-    if keys and keys[-1] == GetAttrKey("value"):
-        keys = keys[:-1]
     return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")
+
+
+def _variables(tree: Any) -> set[tuple[Any, ...]]:
+    """Where a tree holds variables of Flax NNX, which wrap an array in a node with the field ``value``."""
+    nnx = sys.modules.get("flax.nnx")  # without it there are none
+    if nnx is None:
+        return set()
+    pairs = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, nnx.Variable))[0]
+    return {keys for keys, node in pairs if isinstance(node, nnx.Variable)}
 
 
 def named_leaves(tree: Any) -> tuple[list[str], list[Any], Any]:
     """Paths, leaves and structure of a tree, in which placeholders count as leaves."""
     pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_placeholder)
-    return [_join(keys) for keys, _ in pairs], [leaf for _, leaf in pairs], treedef
+    variables = _variables(tree) if any(keys and keys[-1] == GetAttrKey("value") for keys, _ in pairs) else ()
+    names = [_join(keys[:-1] if keys[:-1] in variables else keys) for keys, _ in pairs]
+    return names, [leaf for _, leaf in pairs], treedef
 
 
 def paths(tree: Any) -> list[str]:
@@ -192,7 +203,7 @@ def freeze(tree: Any, kind: type, owner: str, argument: str) -> Callable[[Any], 
     A callable is a function of the parameters only if it is not itself a pytree: an Equinox module full of bools is a
     mask, although it can be called.
     """
-    if isinstance(tree, PathMask | PathTree) or (callable(tree) and jax.tree_util.all_leaves([tree])):
+    if isinstance(tree, PathMask | PathTree | functools.partial) or (callable(tree) and jax.tree_util.all_leaves([tree])):
         return tree
     names, leaves, _ = named_leaves(tree)
     entries = []
@@ -208,6 +219,9 @@ def freeze(tree: Any, kind: type, owner: str, argument: str) -> Callable[[Any], 
             remedy = "; to choose leaves by name, use lionax.matching(...)" if kind is bool else ""
             raise TypeError(f"{owner}: {argument} must be a tree of {kind.__name__}, a function of the parameters that "
                             f"gives one, or lionax.matching(...); at {name!r} it has {leaf!r}{remedy}")
+        if any(name == other for other, _ in entries):
+            raise ValueError(f"{owner}: {argument} has two entries with the path {name!r}; rename one, or give a function of the "
+                             "parameters")
         entries.append((name, leaf))
     return PathTree(tuple(entries))
 

@@ -14,7 +14,7 @@ from jax import lax
 
 from lionax import storage
 
-__all__ = ["joint_norm", "varying_axes"]
+__all__ = ["all_finite", "joint_norm", "varying_axes"]
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:
@@ -27,8 +27,9 @@ def varying_axes(x: jax.Array) -> frozenset[str]:
 def joint_norm(arrays: Sequence[jax.Array]) -> jax.Array:
     """The Euclidean norm of all elements of all arrays, over all the devices that hold a part of them.
 
-    Inside ``shard_map`` each array is summed over the mesh axes that it varies on, so a replicated one counts once.
-    Under ``jit`` on a mesh the arrays are global and there is nothing to add.
+    Inside ``shard_map`` each array is summed over the mesh axes that its type says it varies on, so a replicated one counts
+    once. With ``check_vma=False`` types do not say, and the norm is that of the local shard. Under ``jit`` on a mesh the arrays
+    are global and there is nothing to add.
 
     Args:
       arrays: floating-point, of any shapes. Squares are taken in float32, or in float64 if one of them is.
@@ -38,6 +39,11 @@ def joint_norm(arrays: Sequence[jax.Array]) -> jax.Array:
       finite gradient is never scaled to zero; inf and NaN elements give inf and NaN.
     """
     return _norm(tuple(arrays), storage.compute_dtype(*arrays))
+
+
+def all_finite(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Whether every element of all arrays, on all devices, is finite: a bool scalar, the same on every device."""
+    return jnp.isfinite(joint_norm(arrays))
 
 
 def _total(sums: Sequence[jax.Array], dtype: np.dtype) -> jax.Array:

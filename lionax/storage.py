@@ -53,8 +53,8 @@ def zeros(param: jax.Array, dtype: np.dtype | None) -> jax.Array:
 
 
 def load(slot: jax.Array, dtype: np.dtype) -> jax.Array:
-    """A stored slot as numbers to compute with."""
-    return slot.astype(dtype)
+    """A stored slot as numbers to compute with; integers and bools stay what they are."""
+    return slot.astype(dtype) if jnp.issubdtype(slot.dtype, jnp.floating) else slot
 
 
 def store(value: jax.Array, slot: jax.Array) -> jax.Array:

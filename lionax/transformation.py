@@ -48,9 +48,10 @@ class Transformation(optax.GradientTransformationExtraArgs):
       made them. As a static argument of ``jit``, equal ones share one trace.
     - ``init(params)`` gives the state. Its structure and dtypes never change.
     - ``update(grads, state, params=None, **extra)`` gives updates in the gradients' dtypes, and the new state. Arithmetic is
-      in float32, or in float64 for float64 leaves. Extra arguments reach the foreign transformations that take them.
+      in float32, or in float64 for float64 leaves. With float32 parameters and bfloat16 gradients prefer ``step``, which does
+      not round the update. Extra arguments reach the parts that take them.
     - ``step(params, state, grads, **extra)`` gives the new parameters and the new state.
-    - Leaves that are None, float0 or ``optax.MaskedNode()`` pass through, and their state is kept.
+    - Leaves that are None, float0 or ``optax.MaskedNode()`` pass through, and their state is kept (by lionax's own parts).
     """
 
     __slots__ = ()
@@ -73,15 +74,18 @@ class Transformation(optax.GradientTransformationExtraArgs):
     def step(self, params: Any, state: engine.State, grads: Any, **extra: Any) -> tuple[Any, engine.State]:
         """One training step: the new parameters and the new state.
 
-        Equal to ``update`` followed by `apply_updates`, bit for bit in float32. With lower precision it is better: the
-        parameter and its update are added before either is rounded. In ``jit`` donate the first two arguments; they
-        come back in the same order, so their memory is used again.
+        Equal to ``update`` followed by `apply_updates` in one function, bit for bit in float32. With lower precision it is
+        better: the parameter and its update are added before either is rounded. In ``jit`` donate the first two
+        arguments; they come back in the same order, so their memory is used again.
 
         Args:
           params: the parameters.
           state: as ``init`` made it for them.
           grads: the gradients, of the parameters' structure and shapes.
-          **extra: for foreign transformations that take extra arguments.
+          **extra: for transformations that take extra arguments.
+
+        Raises:
+          ValueError: without parameters.
 
         >>> import jax, jax.numpy as jnp, lionax
         >>> tx = lionax.lion(0.1, weight_decay=0.0)
@@ -91,6 +95,8 @@ class Transformation(optax.GradientTransformationExtraArgs):
         >>> [round(w, 3) for w in params["w"].tolist()]
         [0.9, 2.1]
         """
+        if params is None:
+            raise ValueError(f"{self!r}: step needs the parameters, which it returns anew; without them, call update(grads, state)")
         return engine.run(self.definition, grads, state, params, extra, write=True)
 
     def __repr__(self) -> str:

@@ -87,6 +87,11 @@ CASES: dict[str, Case] = {
     "masked": Case("masked", lambda: lionax.masked(lionax.lion(0.1), _matrices), lambda: optax.masked(optax.lion(0.1), _matrices)),
     "partition": Case("partition", lambda: lionax.partition({"a": lionax.lion(0.1), "b": lionax.sgd(0.1, 0.9)}, _labels),
                       lambda: optax.partition({"a": optax.lion(0.1), "b": optax.sgd(0.1, 0.9)}, _labels)),
+    "accumulate": Case("accumulate", lambda: lionax.accumulate(lionax.chain(lionax.clip_by_global_norm(1.0), lionax.lion(0.1)), 2)),
+    "skip_nonfinite": Case("skip_nonfinite", lambda: lionax.skip_nonfinite(lionax.lamb(0.1), 3),
+                           lambda: optax.apply_if_finite(optax.lamb(0.1), 3), rtol=1e-6),
+    "dynamic_loss_scale": Case("dynamic_loss_scale", lambda: lionax.dynamic_loss_scale(lionax.sgd(0.1, 0.9), 4.0, 3)),
+    "unscale": Case("unscale", lambda: lionax.unscale(128.0)),
     "identity": Case("identity", lionax.identity, optax.identity),
     "set_to_zero": Case("set_to_zero", lionax.set_to_zero, optax.set_to_zero),
 }

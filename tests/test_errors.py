@@ -175,3 +175,21 @@ def test_what_is_no_definition():
         lionax.plan(optax.sgd(0.1), PARAMS)
     with pytest.raises(KeyError, match="the state holds 0 averages"):
         lionax.averaged_params(lionax.lion(1e-3).init(PARAMS))
+
+
+def test_step_needs_parameters():
+    tx = lionax.sgd(0.1)
+    with pytest.raises(ValueError, match="step needs the parameters"):
+        tx.step(None, tx.init(PARAMS), PARAMS)
+
+
+def test_a_hyperparameter_set_past_its_form():
+    tx = lionax.sgd(0.1)
+    state = optax.tree.set(tx.init(PARAMS), learning_rate=0.2)
+    with pytest.raises(TypeError, match=r"assign it with lionax\.set_hyperparams"):
+        tx.update(PARAMS, state)
+
+
+def test_a_mask_with_two_entries_for_one_path():
+    with pytest.raises(ValueError, match="two entries with the path 'a/b'"):
+        lionax.masked(lionax.scale(1.0), {"a/b": True, "a": {"b": False}})

@@ -20,8 +20,8 @@ MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."
 
 # From the bottom up: a module imports only from those before it.
 ORDER = ["masks", "storage", "norms", "hyperparameters", "rule", "layout", "engine", "transformation", "combining", "sign_momentum",
-         "momentum", "adaptive", "decay", "clipping", "scaling", "averaging", "optimizers", "monitoring", "__init__",
-         "demo.__init__", "demo.text", "demo.model", "demo.training", "demo.report", "demo.sweep", "demo.command", "__main__"]
+         "momentum", "adaptive", "decay", "clipping", "scaling", "averaging", "accumulation", "safety", "optimizers", "monitoring",
+         "__init__", "demo.__init__", "demo.text", "demo.model", "demo.training", "demo.report", "demo.sweep", "demo.command", "__main__"]
 CORE = [name for name in ORDER if not name.startswith(("demo", "__"))]
 MAKERS = [name for name in lionax.__all__ if getattr(getattr(lionax, name), "__annotations__", {}).get("return") is lionax.Transformation]
 

@@ -1,6 +1,7 @@
 """Numbers, schedules, tracers, injected values; reading and assigning them in the state."""
 
 import cases
+import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -138,3 +139,38 @@ def test_float64_learning_rates_are_not_rounded():
         g = jnp.ones(2, jnp.float64)
         update, _ = (tx := lionax.sgd(0.1)).update(g, tx.init(g))
         assert update.tolist() == [-0.1, -0.1]
+
+
+def test_an_assigned_rate_fits_a_flax_optimizer():
+    model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, lionax.sgd(0.1), wrt=nnx.Param)
+    optimizer.opt_state = lionax.set_hyperparams(optimizer.opt_state, learning_rate=0.5)
+    assert float(lionax.get_hyperparams(optimizer.opt_state)["learning_rate"]) == 0.5
+    before = model.kernel[...]
+    grads = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+    nnx.jit(lambda model, optimizer: optimizer.update(model, grads))(model, optimizer)
+    np.testing.assert_allclose(model.kernel[...], before - 0.5, rtol=1e-6)
+
+
+def test_states_under_vmap_take_one_value_or_an_array():
+    tx = lionax.sgd(0.1)
+    states = jax.vmap(lambda p: tx.init(p))(jnp.ones((3, 2)))
+    for values in (0.5, jnp.array([0.1, 0.2, 0.3])):
+        assigned = lionax.set_hyperparams(states, learning_rate=values)
+        moved = jax.vmap(lambda state: tx.update(jnp.ones(2), state)[0][0])(assigned)
+        np.testing.assert_allclose(-moved, np.broadcast_to(values, 3), rtol=1e-6)
+
+
+def test_a_donated_state_takes_no_array_of_the_callers_along():
+    rate = jnp.float32(0.1)
+    tx = lionax.sgd(optax.constant_schedule(rate))
+    params = {"w": jnp.ones(2)}
+    jax.jit(tx.step, donate_argnums=(0, 1))(params, tx.init(params), GRADS)
+    assert float(rate) == pytest.approx(0.1)
+
+
+def test_occurrences_are_numbered():
+    names = lambda *txs: set(lionax.get_hyperparams(lionax.chain(*txs).init(PARAMS)))  # noqa: E731
+    two = names(lionax.sgd(0.1), lionax.sgd(0.2))
+    assert two == {"scale_by_learning_rate/learning_rate_0", "scale_by_learning_rate/learning_rate_1"}
+    assert names(lionax.clip(1.0), lionax.sgd(0.1), lionax.sgd(0.2)) == two

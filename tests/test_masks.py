@@ -213,3 +213,18 @@ def test_matching_and_not_matching_are_opposites(names):
     tree = dict.fromkeys(names, 1.0)
     chosen, others = (mask("a|b")(tree) for mask in (lionax.matching, lionax.not_matching))
     assert all(chosen[name] != others[name] for name in names)
+
+
+def test_a_field_called_value_keeps_its_name():
+    class Attention(eqx.Module):
+        query: object
+        value: object
+
+    assert lionax.paths(Attention(1.0, 2.0)) == ["query", "value"]
+
+
+def test_a_partial_is_a_function_of_the_parameters():
+    mask = jax.tree_util.Partial(lambda params: jax.tree.map(lambda p: p.ndim == 2, params))
+    updates, _ = (tx := lionax.masked(lionax.set_to_zero(), mask)).update(PARAMS, tx.init(PARAMS), PARAMS)
+    assert float(updates["dense"]["kernel"].sum()) == 0.0
+    assert float(updates["scale"].sum()) == 2.0

@@ -12,7 +12,11 @@ def test_sweeps():
     assert lionax.plan(lionax.lion(1e-3), PARAMS).sweeps == (("scale_by_lion", "add_decayed_weights", "scale_by_learning_rate"),)
     clipped = lionax.chain(lionax.clip(1.0), lionax.clip_by_global_norm(1.0), lionax.lamb(1e-3))
     assert lionax.plan(clipped, PARAMS).sweeps == (
-        ("clip",), ("clip_by_global_norm", "scale_by_adam", "add_decayed_weights", "scale_by_trust_ratio", "scale_by_learning_rate"))
+        ("clip",), ("clip_by_global_norm", "scale_by_adam", "add_decayed_weights"), ("scale_by_trust_ratio", "scale_by_learning_rate"))
+    first = lionax.chain(lionax.clip_by_global_norm(1.0), lionax.lion(1e-3))
+    assert lionax.plan(first, PARAMS).sweeps == (
+        ("clip_by_global_norm",), ("scale_by_lion", "add_decayed_weights", "scale_by_learning_rate"))
+    assert len(lionax.plan(lionax.lamb(1e-3), PARAMS).sweeps) == 2
 
 
 def test_state_bytes():

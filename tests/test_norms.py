@@ -175,3 +175,12 @@ def test_each_norm_is_taken_once():
     assert sums(lionax.lamb(0.1)) == 20
     with jax.numpy_dtype_promotion("standard"):
         assert sums(optax.lamb(0.1)) == 40
+
+
+def test_clipping_to_zero_and_derivatives_through_a_ratio_of_zeros():
+    for tx in (lionax.clip_by_global_norm(0.0), lionax.clip_by_norm(0.0)):
+        for g in (jnp.zeros(2), jnp.ones(2)):
+            assert tx.update(g, tx.init(g))[0].tolist() == [0.0, 0.0]
+    tx = lionax.scale_by_trust_ratio()
+    slope = jax.grad(lambda g: tx.update(g, tx.init(g), jnp.zeros(2))[0].sum())(jnp.zeros(2))
+    assert slope.tolist() == [1.0, 1.0]

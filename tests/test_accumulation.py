@@ -1,0 +1,124 @@
+"""Several micro-batches, one step."""
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lionax
+
+PARAMS = {"w": jnp.array([1.0, 2.0]), "b": jnp.array([0.5])}
+
+
+def counting(calls):
+    """An Optax transformation that tells each execution."""
+
+    def update(updates, state, params=None):
+        jax.debug.callback(lambda: calls.append(1))
+        return updates, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def test_the_inner_step_runs_once_in_a_window():
+    calls = []
+    tx = lionax.accumulate(lionax.chain(counting(calls), lionax.lion(0.1)), 8)
+    step, carry = jax.jit(tx.step), (PARAMS, tx.init(PARAMS))
+    for _ in range(24):
+        carry = jax.block_until_ready(step(*carry, PARAMS))
+    jax.effects_barrier()
+    assert len(calls) == 3
+    assert int(carry[1].rules.inner.count) == 3
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_mean_is_that_of_float32(dtype):
+    params = jnp.zeros(64, dtype)
+    micro = [cases.normal(64, seed=i, dtype=dtype) for i in range(5)]
+    tx = lionax.accumulate(lionax.sgd(1.0), 5)
+    state = tx.init(params)
+    for g in micro:
+        updates, state = tx.update(g, state, params)
+    exact = -np.mean([np.asarray(g).astype(np.float64) for g in micro], axis=0)
+    np.testing.assert_allclose(np.asarray(updates).astype(np.float64), exact, atol=1e-6 if dtype == jnp.float32 else 2.0**-8)
+    assert updates.dtype == dtype
+    assert state.rules.gradients.dtype == jnp.float32
+
+
+def test_it_is_optax_with_the_mean():
+    tx, peer = lionax.accumulate(lionax.lion(0.1), 4), optax.MultiSteps(optax.lion(0.1), 4)
+    ours, theirs = (PARAMS, tx.init(PARAMS)), (PARAMS, peer.init(PARAMS))
+    with jax.numpy_dtype_promotion("standard"):
+        for t in range(9):
+            grads = cases.gradients(PARAMS, t)
+            ours = jax.jit(tx.step)(*ours, grads)
+            updates, state = peer.update(grads, theirs[1], theirs[0])
+            theirs = optax.apply_updates(theirs[0], updates), state
+    cases.assert_equal(ours[0], theirs[0], rtol=1e-6)
+
+
+def test_weights_of_uneven_micro_batches_and_a_flush():
+    tx = lionax.accumulate(lionax.sgd(1.0), 10)
+    state = tx.init(jnp.zeros(1))
+    for g, weight, flush in ((3.0, 2.0, False), (6.0, 1.0, True)):
+        updates, state = jax.jit(tx.update)(jnp.array([g]), state, weight=weight, flush=flush)
+    assert updates.tolist() == [-4.0]
+    assert int(state.rules.calls) == 0
+    assert state.rules.gradients.tolist() == [0.0]
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_window_that_is_not_finite_is_dropped_and_the_next_is_good(bad):
+    tx = lionax.accumulate(lionax.lamb(0.1), 2)
+    params, state = PARAMS, tx.init(PARAMS)
+    for value in (1.0, bad, 1.0, 1.0):
+        if value is bad:
+            before = state.rules.inner
+        params, state = tx.step(params, state, jax.tree.map(lambda p, v=value: p * v, PARAMS))
+        if value is bad:
+            cases.assert_equal(state.rules.inner, before)
+            cases.assert_equal(params, PARAMS)
+    assert int(state.rules.dropped) == 1
+    assert int(state.rules.inner.count) == 1
+    assert all(np.all(np.isfinite(p)) for p in jax.tree.leaves(params))
+
+
+def test_a_leaf_without_gradient_keeps_its_sum():
+    tx = lionax.accumulate(lionax.sgd(1.0), 2)
+    state = tx.init(PARAMS)
+    _, state = tx.update(PARAMS, state, PARAMS)
+    updates, state = tx.update({"w": PARAMS["w"], "b": None}, state, PARAMS)
+    assert updates["b"] is None
+    assert state.rules.gradients["b"].tolist() == [0.5]
+    assert state.rules.gradients["w"].tolist() == [0.0, 0.0]
+
+
+def test_learning_rates_inside_are_assignable_and_extra_arguments_pass():
+    tx = lionax.accumulate(lionax.chain(lionax.sgd(0.5), optax.contrib.reduce_on_plateau()), 1)
+    state = lionax.set_hyperparams(tx.init(PARAMS), learning_rate=0.25)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = tx.update(PARAMS, state, PARAMS, value=jnp.float32(1.0))
+    np.testing.assert_allclose(updates["w"], [-0.25, -0.5])
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, True])
+def test_bad_windows(every):
+    with pytest.raises(ValueError, match="accumulate: every="):
+        lionax.accumulate(lionax.lion(0.1), every)
+
+
+def test_inside_shard_map():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("x")
+    tx = lionax.accumulate(lionax.chain(lionax.clip_by_global_norm(1.0), lionax.lion(0.1)), 2)
+    params = cases.normal(16)
+    state = tx.init(params)
+    specs = jax.tree.map(lambda leaf: spec if leaf.ndim else jax.sharding.PartitionSpec(), state)
+    step = jax.jit(jax.shard_map(tx.step, mesh=mesh, in_specs=(spec, specs, spec), out_specs=(spec, specs)))
+    sharded = whole = params, state
+    for t in range(4):
+        grads = cases.gradients(params, t)
+        sharded, whole = step(*sharded, grads), jax.jit(tx.step)(*whole, grads)
+    cases.assert_equal(sharded, whole, rtol=1e-6)

@@ -1,0 +1,84 @@
+"""Steps that are not taken."""
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lionax
+
+PARAMS = {"w": jnp.array([1.0, 2.0]), "b": jnp.array([0.5])}
+BAD = {"w": jnp.array([jnp.nan, 1.0]), "b": jnp.array([1.0])}
+
+
+def test_a_step_that_is_not_finite_touches_nothing():
+    for dtype in (jnp.float32, jnp.bfloat16):
+        params = jax.tree.map(lambda p, d=dtype: p.astype(d), PARAMS)
+        bad = jax.tree.map(lambda p, d=dtype: p.astype(d), BAD)
+        tx = lionax.skip_nonfinite(lionax.lamb(0.1), 3)
+        step = jax.jit(tx.step)
+        carry = step(params, tx.init(params), params)
+        skipped = step(*carry, bad)
+        cases.assert_equal(skipped[0], carry[0])
+        cases.assert_equal(skipped[1].rules.inner, carry[1].rules.inner)
+        assert (int(skipped[1].rules.consecutive), int(skipped[1].rules.skipped)) == (1, 1)
+        again = step(*skipped, params)
+        assert (int(again[1].rules.consecutive), int(again[1].rules.skipped)) == (0, 1)
+
+
+def test_past_the_limit_the_parameters_show_it_and_the_state_stays_good():
+    tx = lionax.skip_nonfinite(lionax.lion(0.1), 2)
+    params, state = PARAMS, tx.init(PARAMS)
+    for _ in range(2):
+        params, state = tx.step(params, state, BAD)
+    assert np.all(np.isnan(params["b"]))
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
+
+
+def test_a_loss_scale_grows_backs_off_and_keeps_within_its_bounds():
+    tx = lionax.dynamic_loss_scale(lionax.lion(0.1), 4.0, 2, min_scale=2.0, max_scale=16.0)
+    step, carry, scales = jax.jit(tx.step), (PARAMS, tx.init(PARAMS)), []
+    for finite in (1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 1):
+        before = carry
+        carry = step(*carry, PARAMS if finite else BAD)
+        scales.append(float(optax.tree.get(carry[1], "loss_scale")))
+        if not finite:
+            cases.assert_equal(carry[0], before[0])
+            cases.assert_equal(carry[1].rules.inner, before[1].rules.inner)
+    assert scales == [4, 8, 8, 16, 16, 16, 8, 4, 2, 2, 2]
+    assert int(carry[1].rules.skipped) == 4
+
+
+def test_scaled_gradients_give_the_step_of_true_ones():
+    """Float16 gradients that vanish without a scale."""
+    true = jax.tree.map(lambda p: p * 1e-8, PARAMS)
+    assert float(true["b"][0].astype(jnp.float16)) == 0.0
+    scaled = jax.tree.map(lambda g: (g * 2.0**15).astype(jnp.float16), true)
+    for tx in (lionax.dynamic_loss_scale(lionax.sgd(1e8)), lionax.chain(lionax.unscale(2.0**15), lionax.sgd(1e8))):
+        params, _ = tx.step(PARAMS, tx.init(PARAMS), scaled)
+        np.testing.assert_allclose(params["w"], PARAMS["w"] - 1e8 * true["w"], atol=2e-3)
+
+
+def test_devices_decide_alike():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("x")
+    tx = lionax.skip_nonfinite(lionax.sgd(1.0), 3)
+    update = jax.shard_map(lambda g: tx.update(g, tx.init(g))[0], mesh=mesh, in_specs=spec, out_specs=spec)
+    assert update(jnp.ones(8).at[3].set(jnp.inf)).tolist() == [0.0] * 8
+    assert update(jnp.ones(8)).tolist() == [-1.0] * 8
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: lionax.unscale(0.0), "unscale: factor=0"),
+    (lambda: lionax.skip_nonfinite(lionax.lion(0.1), 0), "skip_nonfinite: max_consecutive=0"),
+    (lambda: lionax.dynamic_loss_scale(lionax.lion(0.1), 0.0), "dynamic_loss_scale: initial_scale=0"),
+    (lambda: lionax.dynamic_loss_scale(lionax.lion(0.1), growth_interval=0), "growth_interval=0"),
+    (lambda: lionax.dynamic_loss_scale(lionax.lion(0.1), growth_factor=0.5), "growth_factor=0.5"),
+    (lambda: lionax.dynamic_loss_scale(lionax.lion(0.1), backoff_factor=2.0), "backoff_factor=2.0"),
+    (lambda: lionax.dynamic_loss_scale(lionax.lion(0.1), min_scale=4.0, max_scale=2.0), "max_scale=2.0"),
+])
+def test_bad_arguments(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
