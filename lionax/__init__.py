@@ -3,6 +3,7 @@
 How it is made: `lionax.rule` first, then `lionax.engine`.
 """
 
+from lionax import compat as compat
 from lionax.accumulation import accumulate
 from lionax.adaptive import scale_by_adam, scale_by_trust_ratio
 from lionax.averaging import averaged_params, params_ema

@@ -105,11 +105,12 @@ class ScaleByTrustRatio(Rule):
 
     def apply(self, update: jax.Array, slots: Any, param: Any, step: Step) -> tuple[jax.Array, Any]:
         update_norm, param_norm = (jnp.maximum(norm, self.min_norm) for norm in step.norms)
-        either_zero = jnp.logical_or(param_norm == 0.0, update_norm == 0.0)
-        # The divisor is replaced, too: else a derivative through the ratio would be NaN where it is not used.
-        divisor = jnp.where(either_zero, jnp.ones_like(update_norm), update_norm + self.eps)
+        # Written so that a norm of NaN gives 1, too, and one bad element does not spoil its leaf.
+        both_positive = jnp.logical_and(param_norm > 0.0, update_norm > 0.0)
+        # The divisor is replaced as well: else a derivative through the ratio would be NaN where it is not used.
+        divisor = jnp.where(both_positive, update_norm + self.eps, jnp.ones_like(update_norm))
         ratio = self.trust_coefficient * param_norm / divisor
-        return update * jnp.where(either_zero, jnp.ones_like(ratio), ratio), slots
+        return update * jnp.where(both_positive, ratio, jnp.ones_like(ratio)), slots
 
 
 @constructor
@@ -119,7 +120,7 @@ def scale_by_trust_ratio(min_norm: Scalar = 0.0, trust_coefficient: Scalar = 1.0
 
         r = trust_coefficient · max(‖p‖, min_norm) / (max(‖u‖, min_norm) + eps)        u ← r·u
 
-    with ``r = 1`` where either norm, after the maximum, is 0. Norms are Euclidean, over the whole leaf on all devices.
+    with ``r = 1`` where either norm, after the maximum, is 0 or NaN. Norms are Euclidean, over the whole leaf on all devices.
 
     A parameter that starts at zero is not scaled at first (``r = 1``), and then by its small norm: a bias that made one step
     of 0.01 makes steps of 1e-4 from then on. That is the papers' rule. Where it is not wanted, leave such leaves out

@@ -26,10 +26,16 @@ class ParamsEma(Rule):
 
     decay: Scalar = scalar(low=0, high=1)
     overwrite_every: int | None = None
+    idle_leaves: bool = False  # whether leaves without a gradient are averaged, too
+    calls: int = 1  # how many calls are counted as one step for overwrite_every
 
     @property
     def needs_params(self) -> bool:
         return True
+
+    @property
+    def acts_without_gradient(self) -> bool:
+        return self.idle_leaves
 
     def __post_init__(self):
         super().__post_init__()
@@ -44,7 +50,7 @@ class ParamsEma(Rule):
     def apply(self, update: jax.Array, slots: ParamsEmaState, param: Any, step: Step) -> tuple[jax.Array, ParamsEmaState]:
         average = self.decay * slots.params_ema + (1.0 - self.decay) * (param + update)
         if self.overwrite_every is not None:
-            due = (step.count + 1) % self.overwrite_every == 0
+            due = (step.count // self.calls + 1) % self.overwrite_every == 0
             update = jnp.where(due, average - param, update)
         return update, ParamsEmaState(params_ema=average)
 

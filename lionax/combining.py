@@ -54,7 +54,7 @@ class Chain(Combination):
     parts: tuple[Definition, ...]
 
     def members(self, leaves: Leaves) -> list[Member]:
-        return [Member(part, leaves.present) for part in self.parts]
+        return [Member(part, leaves.all) for part in self.parts]
 
     def pack(self, states: list[Any]) -> Any:
         return tuple(states)
@@ -98,7 +98,7 @@ class NamedChain(Combination):
     parts: tuple[tuple[str, Definition], ...]
 
     def members(self, leaves: Leaves) -> list[Member]:
-        return [Member(part, leaves.present, name) for name, part in self.parts]
+        return [Member(part, leaves.all, name) for name, part in self.parts]
 
     def pack(self, states: list[Any]) -> Any:
         return {name: state for (name, _), state in zip(self.parts, states, strict=True)}

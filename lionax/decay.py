@@ -20,6 +20,7 @@ class AddDecayedWeights(Rule):
 
     weight_decay: Scalar = scalar(0.0, low=0)
     base_learning_rate: float | None = scalar(None, low=0, remedy="the learning rate's greatest value")
+    learning_rate: Scalar | None = scalar(None, low=0, recorded=True)
 
     def __post_init__(self):
         super().__post_init__()
@@ -38,12 +39,14 @@ class AddDecayedWeights(Rule):
         coefficient = self.weight_decay
         if self.base_learning_rate is not None:
             coefficient = coefficient / self.base_learning_rate
+        if self.learning_rate is not None:
+            coefficient = coefficient * self.learning_rate
         return update + coefficient * param, slots
 
 
 @constructor
 def add_decayed_weights(weight_decay: Scalar = 0.0, mask: Mask = None, *,
-                        base_learning_rate: float | None = None) -> Transformation:
+                        base_learning_rate: float | None = None, learning_rate: Scalar | None = None) -> Transformation:
     """Adds a fraction of the parameter to its update.
 
         u ← u + weight_decay·p
@@ -56,6 +59,8 @@ def add_decayed_weights(weight_decay: Scalar = 0.0, mask: Mask = None, *,
       weight_decay: at least 0. With the constant 0 the parameters need not be given to ``update``.
       mask: the leaves to decay, as `masked`; None for all. The others keep their update.
       base_learning_rate: None, or a number above 0 by which the decay is divided.
+      learning_rate: None, or a learning rate by which the decay is multiplied, for a place in the chain where the update has its rate
+        already. It is assigned together with that one: ``set_hyperparams(state, learning_rate=...)``.
 
     Raises:
       ValueError: for a value out of range, or an update without the parameters.
@@ -68,4 +73,4 @@ def add_decayed_weights(weight_decay: Scalar = 0.0, mask: Mask = None, *,
     References:
       Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019, arXiv:1711.05101.
     """
-    return restrict(AddDecayedWeights(weight_decay, base_learning_rate), mask, "add_decayed_weights")
+    return restrict(AddDecayedWeights(weight_decay, base_learning_rate, learning_rate), mask, "add_decayed_weights")

@@ -126,7 +126,7 @@ class _Passage:
 
     def in_dtype_of_gradients(self) -> list[Any]:
         """The updates as the caller, or a tree-wide definition, is to see them."""
-        return [u if d is None else u.astype(g.dtype)
+        return [u if d is None else u.astype(d if g is None else g.dtype)
                 for u, g, d in zip(self.updates, self.grads.values, self.dtypes, strict=True)]
 
     def sweep(self, group: list[int]) -> None:
@@ -135,10 +135,13 @@ class _Passage:
             return self._tree_wide(group[0])
         shared = self._tree_norms(group[0])
         slots = {i: self._columns(i) for i in group}
+        active = {i: self.program[i].active for i in group}
         for leaf in range(len(self.updates)):
             for i in group:
-                if self.program[i].active[leaf]:
+                if active[i][leaf]:
                     slots[i][leaf] = self._apply(i, leaf, slots[i][leaf], shared if i == group[0] else ())
+                elif self._acts_on_idle(i, leaf):
+                    slots[i][leaf] = self._apply_to_idle(i, leaf, slots[i][leaf])
         for i in group:
             if self.states[i]:
                 rows = zip(*slots[i], strict=True) if slots[i] else ([] for _ in self.states[i])
@@ -157,7 +160,7 @@ class _Passage:
     def _operands(self, i: int, leaf: int) -> tuple[Rule, jax.Array, jax.Array | None]:
         """The rule, the update and the parameter, ready for arithmetic."""
         rule, dtype, param, path = self.program[i].rule, self.dtypes[leaf], self.param[leaf], self.grads.paths[leaf]
-        _refuse_dtype(rule, self.grads.values[leaf], f"the gradient of {path!r}")
+        _refuse_dtype(rule, self.updates[leaf], f"the gradient of {path!r}")
         if param is None and rule.needs_params:
             raise ValueError(f"{rule.name}: needs the parameters (here {path!r}); call update(grads, state, params)")
         if not jnp.issubdtype(self.updates[leaf].dtype, jnp.floating):
@@ -194,14 +197,30 @@ class _Passage:
         self.updates[leaf], slots = rule.apply(update, loaded, param, Step(self.count, measured))
         return jax.tree.map(storage.store, slots, stored)
 
+    def _acts_on_idle(self, i: int, leaf: int) -> bool:
+        """Whether a rule is to be applied to a parameter that has no gradient in this step."""
+        stage = self.program[i]
+        idle = self.grads.values[leaf] is None and stage.chosen[leaf] and stage.rule.acts_without_gradient
+        return idle and not is_placeholder(self.param[leaf])
+
+    def _apply_to_idle(self, i: int, leaf: int, stored: Any) -> Any:
+        param: Any = self.param[leaf]
+        self.dtypes[leaf] = storage.compute_dtype(param)
+        self.updates[leaf] = nothing = jnp.zeros_like(param, dtype=self.dtypes[leaf])
+        slots = self._apply(i, leaf, stored, ())
+        if self.updates[leaf] is nothing:
+            self.updates[leaf], self.dtypes[leaf] = None, None
+        return slots
+
     def _tree_wide(self, i: int) -> None:
         """Runs a definition that sees all leaves at once."""
         stage, leaves = self.program[i], self.grads
         params = None if self.params is None else self.params.only(stage.active)
         seen = dataclasses.replace(leaves, values=self.in_dtype_of_gradients()).only(stage.active)
         new, self.states[i] = stage.rule.update(seen, self.states[i], params, **self.extra)
+        active = stage.active
         for leaf, value in enumerate(leaves.treedef.flatten_up_to(new)):
-            if stage.active[leaf]:
+            if active[leaf]:
                 self.updates[leaf] = value
 
 

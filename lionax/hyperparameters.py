@@ -174,7 +174,8 @@ def set_hyperparams(state: Any, **values: Any) -> Any:
 
     Args:
       state: as `get_hyperparams`.
-      **values: new value by name; None returns to the definition. Qualified names go in as ``**{"head/b1": 0.9}``.
+      **values: new value by name; None returns to the definition. A plain name sets all that share it; qualified names go in
+        as ``**{"head/b1": 0.9}`` and come before.
 
     Returns:
       The new state, of the same structure, dtypes and shardings.
@@ -190,14 +191,16 @@ def set_hyperparams(state: Any, **values: Any) -> Any:
     [-0.5, -0.5]
     """
     held = {keys: name for keys, (name, _) in _found(state).items()}
+    named = {keys: next((given for given in values if given in (name, keys[-1].key.rpartition("/")[2])), None)
+             for keys, name in held.items()}
     for name in values:
-        if name not in held.values():
+        if name not in named.values():
             raise KeyError(f"set_hyperparams: the state holds no hyperparameter {name!r}; it holds "
                            f"{', '.join(sorted(held.values())) or 'none'}. Give an argument as inject(value) to assign it")
 
     def assign(keys, node):
-        name = held.get(keys)
-        if name not in values:
+        name = named.get(keys)
+        if name is None:
             return node
         value = values[name]
         if value is None:

@@ -36,6 +36,11 @@ class Leaves:
         return cls(paths, [_as_array(v, p) for v, p in zip(values, paths, strict=True)], treedef, params)
 
     @property
+    def all(self) -> list[bool]:
+        """What acts on every leaf."""
+        return [True] * len(self.values)
+
+    @property
     def present(self) -> list[bool]:
         """For each leaf, whether there is an array to work on."""
         return [not is_placeholder(v) and not storage.is_float0(v) for v in self.values]
@@ -117,7 +122,13 @@ class Stage:
 
     rule: Any  # a Rule or a TreeWide
     key: tuple[str, ...]  # names of the members that lead to it
-    active: tuple[bool, ...]  # for each leaf, whether the rule acts on it
+    chosen: tuple[bool, ...]  # for each leaf, whether masks and labels let the rule act on it
+    present: tuple[bool, ...]  # for each leaf, whether there is an array
+
+    @property
+    def active(self) -> list[bool]:
+        """For each leaf, whether the rule acts on it."""
+        return [c and p for c, p in zip(self.chosen, self.present, strict=True)]
 
     @property
     def tree_wide(self) -> bool:
@@ -136,18 +147,18 @@ class Layout:
     @classmethod
     def of(cls, definition: Definition, leaves: Leaves) -> "Layout":
         """Resolves masks and labels, once for a step."""
-        return cls._of(definition, leaves, leaves.present, ())
+        return cls._of(definition, leaves, leaves.all, ())
 
     @classmethod
-    def _of(cls, definition: Definition, leaves: Leaves, active: Sequence[bool], key: tuple[str, ...]) -> "Layout":
+    def _of(cls, definition: Definition, leaves: Leaves, chosen: Sequence[bool], key: tuple[str, ...]) -> "Layout":
         if isinstance(definition, Combination):
             parts = []
             for member in definition.members(leaves):
-                both = [a and bool(m) for a, m in zip(active, member.acts_on, strict=True)]
+                both = [c and bool(m) for c, m in zip(chosen, member.acts_on, strict=True)]
                 parts.append(cls._of(member.definition, leaves, both, (*key, member.name) if member.name else key))
             return cls(definition, parts=tuple(parts))
         if isinstance(definition, Rule | TreeWide):
-            return cls(definition, stage=Stage(definition, key, tuple(active)))
+            return cls(definition, stage=Stage(definition, key, tuple(chosen), tuple(leaves.present)))
         raise TypeError(f"{definition!r} is not a definition: a Rule, a Combination or a TreeWide")
 
     @property

@@ -90,6 +90,11 @@ class Rule(Definition):
         """Whether `apply` or `measure` reads the parameter."""
         return False
 
+    @property
+    def acts_without_gradient(self) -> bool:
+        """Whether it is applied, with an update of zero, to parameters whose gradient is None."""
+        return False
+
     def init(self, param: jax.Array) -> Any:
         """The slots of one parameter: a NamedTuple of arrays, whose dtypes stay for good."""
         return optax.EmptyState()

@@ -1,0 +1,131 @@
+"""The constructors of other systems, on the recorded runs of these systems."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_golden import CONFIG, ENTRIES, GOLDEN, split
+
+import lionax
+from lionax.compat import dtensor, keras2, keras3, keras_schedules, tf_models
+
+CONSTRUCTORS = {"tf_keras2_lion": keras2.Lion, "tf_keras2_sgd": keras2.SGD, "dtensor_sgd_tf212": dtensor.SGD,
+                "dtensor_sgd_tf213": keras2.SGD, "keras3_lion": keras3.Lion, "keras3_sgd": keras3.SGD, "keras3_lamb": keras3.Lamb,
+                "tfm_lamb": tf_models.LAMB}
+SLOTS = {"momentum": "mu", "velocity": "nu", "m": "mu", "v": "nu", "ema": "params_ema", "accumulator": "gradients"}
+
+
+def exempt(entry):
+    """A function of no arguments is refused, gradients are dense in JAX, and names are fixed when an optimizer is made."""
+    return (entry["ctor"].get("learning_rate") == {"callable": "counter"} or "sparse_gradients_for" in entry)
+
+
+def make(entry):
+    arguments = dict(entry["ctor"])
+    rate = arguments.get("learning_rate")
+    if isinstance(rate, dict) and "schedule" in rate:
+        rate = dict(rate)
+        arguments["learning_rate"] = getattr(keras_schedules, rate.pop("schedule"))(**rate)
+    elif isinstance(rate, dict) and "tensor" in rate:
+        arguments["learning_rate"] = jnp.float32(rate["tensor"])
+    for key in ("exclude_from_weight_decay", "exclude_after_build"):
+        if key in entry and key not in arguments:
+            excluded = entry[key]
+            # After the optimizer is built, Keras 3 accepts the call and takes it.
+            arguments["exclude_from_weight_decay"] = excluded
+    if "mesh" in entry and entry["system"].endswith("tf213") and entry["config"] != "mesh_none":
+        arguments["mesh"] = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    return CONSTRUCTORS[entry["system"]](**arguments)
+
+
+OURS = {name: entry for name, entry in ENTRIES.items() if entry["system"] in CONSTRUCTORS and not exempt(entry)}
+REPLAYED = [name for name, entry in OURS.items() if entry["file"]]
+REFUSED = [name for name, entry in OURS.items() if not entry["file"]]
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """Keras's schedules are written for it."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def slot(state, name, entry):
+    if name == "momentum" and "sgd" in entry["system"]:
+        return jax.tree.map(lambda t: -t, optax.tree.get(state, "trace"))  # Keras's points downhill
+    return optax.tree.get(state, SLOTS[name])
+
+
+def assert_close(actual, trace, call, tolerance, where):
+    """To a fraction of the greatest magnitude that the leaf has had so far: a sum that cancels keeps the rounding of its terms."""
+    largest = split(np.fmax.reduce(np.abs(trace[: call + 1])))
+    for leaf, values in split(trace[call]).items():
+        atol = tolerance * np.nanmax(np.abs(largest[leaf]), initial=1e-30)
+        np.testing.assert_allclose(np.asarray(actual[leaf]), values, rtol=0, atol=atol, err_msg=f"{leaf}: {where}")
+
+
+@pytest.mark.parametrize("mode", ["jitted step", "jitted update", "step"])
+@pytest.mark.parametrize("name", REPLAYED)
+def test_replay(name, mode):
+    entry = OURS[name]
+    if mode == "step" and entry["ctor"].get("gradient_accumulation_steps"):
+        pytest.skip("compiles again at each eager call")
+    with np.load(GOLDEN / entry["file"]) as recorded:
+        trace = {key: recorded[key] for key in recorded.files}
+    tx, tolerance = make(entry), 2e-5 if "lamb" in name else 2e-6
+    params = {leaf: jnp.asarray(values) for leaf, values in split(trace["init"]).items()}
+
+    def by_update(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return lionax.apply_updates(params, updates), state
+
+    step = by_update if mode.endswith("update") else tx.step
+    step = jax.jit(step) if mode.startswith("jitted") else step
+    state = tx.init(params)
+    for call in range(CONFIG["steps"]):
+        absent = entry.get("none_gradient", {}).get(str(call), [])
+        grads = {leaf: None if leaf in absent else jnp.asarray(values) for leaf, values in split(trace["grad"][call]).items()}
+        if call == entry.get("lr_assign", {}).get("before_call"):
+            state = lionax.set_hyperparams(state, learning_rate=entry["lr_assign"]["value"])
+        params, state = step(params, state, grads)
+        assert_close(params, trace["param"], call, tolerance, f"after call {call}")
+        for key in entry.get("slots", []):
+            if f"slot/{key}" in trace and not (key == "momentum" and "sgd" in name and not entry["ctor"].get("momentum")):
+                assert_close(slot(state, key, entry), trace[f"slot/{key}"], call, tolerance, f"{key} after call {call}")
+    if "final" in trace and entry["ctor"].get("use_ema"):
+        assert_close(lionax.averaged_params(state), trace["final"][None], 0, tolerance, "final")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_reference_refuses_is_refused(name):
+    with pytest.raises((ValueError, TypeError)):
+        make(OURS[name])
+
+
+def test_a_function_of_no_arguments_is_refused_with_the_remedy():
+    for constructor in set(CONSTRUCTORS.values()):
+        with pytest.raises(TypeError, match=r"takes no step; .* Give a schedule,"):
+            constructor(learning_rate=lambda: 0.1)
+
+
+def test_equal_calls_are_equal():
+    schedule = keras_schedules.PiecewiseConstantDecay([5, 12], [0.1, 0.05, 0.01])
+    again = keras_schedules.PiecewiseConstantDecay((5, 12), (0.1, 0.05, 0.01))
+    for constructor in set(CONSTRUCTORS.values()):
+        assert constructor(schedule) == constructor(again)
+        assert hash(constructor(schedule)) == hash(constructor(again))
+
+
+@pytest.mark.parametrize("bad", ["bias", {"names": ["bias"]}, {"var_names": "bias"}, {"var_list": [3]}])
+def test_bad_exclusions(bad):
+    with pytest.raises((ValueError, TypeError), match="exclude_from_weight_decay"):
+        keras2.Lion(weight_decay=0.1, exclude_from_weight_decay=bad)
+
+
+def test_bad_schedules():
+    for make_schedule in (keras_schedules.ExponentialDecay, keras_schedules.InverseTimeDecay):
+        with pytest.raises(ValueError, match="decay_steps=0"):
+            make_schedule(0.1, 0, 0.5)
+    with pytest.raises(ValueError, match="one value more than boundaries"):
+        keras_schedules.PiecewiseConstantDecay([1, 2], [0.1, 0.2])
