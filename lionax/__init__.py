@@ -9,6 +9,7 @@ from lionax.adaptive import scale_by_adam, scale_by_trust_ratio
 from lionax.averaging import averaged_params, params_ema
 from lionax.clipping import clip, clip_by_global_norm, clip_by_norm
 from lionax.combining import chain, identity, masked, named_chain, partition, set_to_zero
+from lionax.config import from_config, register_schedule, to_config
 from lionax.decay import add_decayed_weights
 from lionax.hyperparameters import get_hyperparams, inject, set_hyperparams
 from lionax.masks import matching, not_matching, paths
@@ -36,6 +37,7 @@ __all__ = [
     "clip_by_norm",
     "dynamic_loss_scale",
     "ema",
+    "from_config",
     "get_hyperparams",
     "identity",
     "inject",
@@ -49,6 +51,7 @@ __all__ = [
     "partition",
     "paths",
     "plan",
+    "register_schedule",
     "scale",
     "scale_by_adam",
     "scale_by_learning_rate",
@@ -59,6 +62,7 @@ __all__ = [
     "set_to_zero",
     "sgd",
     "skip_nonfinite",
+    "to_config",
     "trace",
     "unscale",
 ]

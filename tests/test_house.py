@@ -22,10 +22,11 @@ MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."
 ORDER = ["masks", "storage", "norms", "hyperparameters", "rule", "layout", "engine", "transformation", "combining", "sign_momentum",
          "momentum", "adaptive", "decay", "clipping", "scaling", "averaging", "accumulation", "safety", "optimizers", "monitoring",
          "compat.keras_schedules", "compat.keras_parts", "compat.keras2", "compat.keras3", "compat.dtensor", "compat.tf_models",
-         "compat.__init__", "__init__",
+         "compat.__init__", "config", "__init__",
          "demo.__init__", "demo.text", "demo.model", "demo.training", "demo.report", "demo.sweep", "demo.command", "__main__"]
 CORE = [name for name in ORDER if not name.startswith(("demo", "compat", "__"))]
-MAKERS = [name for name in lionax.__all__ if getattr(getattr(lionax, name), "__annotations__", {}).get("return") is lionax.Transformation]
+MAKERS = [name for name in lionax.__all__ if getattr(getattr(lionax, name), "__annotations__", {}).get("return") is lionax.Transformation
+          and name != "from_config"]
 
 
 def tree(name):
@@ -85,8 +86,8 @@ def test_every_public_name_is_exported_once():
 
 
 PUBLIC = {name: getattr(lionax, name) for name in lionax.__all__}
-PUBLIC |= {f"{system.__name__}.{name}": getattr(system, name) for name, system in vars(lionax.compat).items()
-           if name in lionax.compat.__all__ and name != "keras_schedules" for name in system.__all__ if name[0].isupper()}
+for system in (lionax.compat.keras2, lionax.compat.keras3, lionax.compat.dtensor, lionax.compat.tf_models):
+    PUBLIC |= {f"{system.__name__}.{name}": getattr(system, name) for name in ("Lion", "SGD", "Lamb", "LAMB") if hasattr(system, name)}
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -18,7 +18,7 @@ from lionax.scaling import scale_by_learning_rate
 from lionax.sign_momentum import scale_by_lion
 from lionax.transformation import Transformation, constructor
 
-__all__ = ["SGD", "Lamb", "Lion"]
+__all__ = ["SGD", "Lamb", "Lion", "Shrunk"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +160,7 @@ def SGD(learning_rate: Scalar = 0.01, momentum: float = 0.0, nesterov: bool = Fa
 
 
 @dataclasses.dataclass(frozen=True)
-class _Shrunk:
+class Shrunk:
     """``1 - lr·weight_decay``: what is left of a parameter when Keras has decayed it."""
 
     rate: Any
@@ -210,7 +210,7 @@ def Lamb(learning_rate: Scalar = 0.001, beta_1: float = 0.9, beta_2: float = 0.9
                  ema_overwrite_frequency, loss_scale_factor, gradient_accumulation_steps, exclude_from_weight_decay)
     adapt = scale_by_trust_ratio()
     if weight_decay:
-        shrunk = scale_by_trust_ratio(trust_coefficient=_Shrunk(base.rate, weight_decay), mask=base.mask)
+        shrunk = scale_by_trust_ratio(trust_coefficient=Shrunk(base.rate, weight_decay), mask=base.mask)
         adapt = chain(shrunk, masked(adapt, base.mask.opposite()))
     return base.around(chain(scale_by_adam(beta_1, beta_2, epsilon), adapt, add_decayed_weights(weight_decay or 0.0, base.mask),
                              scale_by_learning_rate(base.rate)))

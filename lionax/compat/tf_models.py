@@ -17,7 +17,7 @@ from lionax.rule import Step
 from lionax.scaling import scale_by_learning_rate
 from lionax.transformation import Transformation, constructor
 
-__all__ = ["LAMB"]
+__all__ = ["LAMB", "InverseTime", "ZeroNorm"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class InverseTime:
         return rate / (1.0 + self.decay * jnp.asarray(step).astype(jnp.float32))
 
 
-class _ZeroNorm(ClipByNorm):
+class ZeroNorm(ClipByNorm):
     """TensorFlow's clip to a norm of 0 divides a gradient of 0 by 0."""
 
     def apply(self, update: jax.Array, slots: Any, param: Any, step: Step) -> tuple[jax.Array, Any]:
@@ -89,7 +89,7 @@ def LAMB(learning_rate: Scalar = 0.001, beta_1: float = 0.9, beta_2: float = 0.9
     clips = [make(limit) for limit, make in ((clipvalue, clip), (clipnorm, clip_by_norm), (global_clipnorm, clip_by_global_norm))
              if limit is not None]
     if clipnorm == 0:
-        clips[-1] = Transformation.of(_ZeroNorm(0.0))
+        clips[-1] = Transformation.of(ZeroNorm(0.0))
     return chain(*clips,
                  scale_by_adam(beta_1, beta_2, epsilon),
                  add_decayed_weights(weight_decay_rate, Decayed(undecayed)),

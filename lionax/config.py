@@ -1,0 +1,193 @@
+"""Transformations as JSON, and back. No code runs from a dict.
+
+A definition is data, so its config is its fields: ``{"type": "ScaleByLion", "b1": 0.9, ...}``, nested where definitions nest.
+Only what is in the table of types, and schedules registered by name, can be named in a dict.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from lionax import accumulation, adaptive, averaging, clipping, combining, decay, momentum, safety, scaling, sign_momentum
+from lionax.compat import keras3, keras_parts, keras_schedules, tf_models
+from lionax.hyperparameters import Injected
+from lionax.masks import PathMask, PathTree
+from lionax.rule import Definition
+from lionax.transformation import Transformation
+
+__all__ = ["from_config", "register_schedule", "to_config"]
+
+DEEPEST = 32  # how far definitions may be nested in a dict
+
+_TYPES = {cls.__name__: cls for cls in (
+    accumulation.Accumulate, adaptive.ScaleByAdam, adaptive.ScaleByTrustRatio, averaging.ParamsEma, clipping.Clip,
+    clipping.ClipByGlobalNorm, clipping.ClipByNorm, combining.Chain, combining.Identity, combining.Masked, combining.NamedChain,
+    combining.Partition, combining.SetToZero, decay.AddDecayedWeights, momentum.Ema, momentum.Trace, safety.DynamicLossScale,
+    safety.SkipNonfinite, safety.Unscale, scaling.Scale, scaling.ScaleByLearningRate, sign_momentum.ScaleByLion,
+    tf_models.ZeroNorm, Injected, PathMask, PathTree, keras_parts.Decayed, keras_parts.EveryWindow, keras_parts.FirstCopies,
+    keras3.Shrunk, tf_models.InverseTime, keras_schedules.CosineDecay, keras_schedules.ExponentialDecay,
+    keras_schedules.InverseTimeDecay, keras_schedules.PiecewiseConstantDecay, keras_schedules.PolynomialDecay)}
+_SCHEDULES = (keras_schedules.Schedule, keras_parts.EveryWindow, keras_parts.FirstCopies, keras3.Shrunk, tf_models.InverseTime)
+_registered: dict[str, Callable[[Any], Any]] = {}
+
+
+def register_schedule(name: str, schedule: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Gives a schedule a name by which configs know it.
+
+    Args:
+      name: what stands in the dict.
+      schedule: a function of the step. Registered again under the same name, it replaces the old one.
+
+    Returns:
+      The schedule.
+
+    Raises:
+      TypeError: for what is not a function or a name that is not a string.
+
+    >>> import lionax, optax
+    >>> rate = lionax.register_schedule("warm_up", optax.linear_schedule(0.0, 1e-3, 100))
+    >>> lionax.from_config(lionax.to_config(lionax.lion(rate))) == lionax.lion(rate)
+    True
+    """
+    if not isinstance(name, str) or not callable(schedule):
+        raise TypeError(f"register_schedule: {name!r}, {schedule!r} are not a name and a function of the step")
+    _registered[name] = schedule
+    return schedule
+
+
+def to_config(tx: Transformation) -> dict[str, Any]:
+    """A dict, fit for JSON, from which `from_config` builds an equal transformation.
+
+    Args:
+      tx: made of lionax's own parts. Masks that are functions and Optax's transformations have no config.
+
+    Raises:
+      TypeError: for what has none; the message tells where it is and the remedy.
+
+    >>> import lionax
+    >>> lionax.to_config(lionax.clip(1.0))
+    {'type': 'Clip', 'max_delta': 1.0}
+    """
+    if not isinstance(tx, Transformation):
+        raise TypeError(f"to_config: {tx!r} is not a lionax transformation")
+    return _encode(tx.definition, "$")
+
+
+def _encode(value: Any, where: str) -> Any:
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"type": "float", "value": repr(value)}
+    if isinstance(value, np.dtype):
+        return value.name
+    if isinstance(value, tuple):
+        return [_encode(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if _TYPES.get(type(value).__name__) is type(value):
+        fields = {f.name: _encode(getattr(value, f.name), f"{where}.{f.name}") for f in dataclasses.fields(value)}
+        return {"type": type(value).__name__, **fields}
+    name = next((name for name, schedule in _registered.items() if schedule is value), None)
+    if name is not None:
+        return {"type": "registered", "name": name}
+    remedy = ("wrap only lionax's own transformations" if isinstance(value, combining.Foreign) else
+              "name a schedule with lionax.register_schedule(name, schedule), and give masks as lionax.matching(...) or a tree of bools")
+    raise TypeError(f"to_config: {where} is {value!r}, which has no config; {remedy}")
+
+
+def from_config(config: dict[str, Any]) -> Transformation:
+    """The transformation that a dict of `to_config` describes.
+
+    Args:
+      config: as `to_config` gives it, also after a passage through JSON. Nothing in it is executed.
+
+    Raises:
+      ValueError: for unknown types, unknown, missing or unfit fields, and nesting past a limit; the message tells where.
+
+    >>> import json, lionax
+    >>> tx = lionax.lion(1e-3, mask=lionax.not_matching("bias"))
+    >>> lionax.from_config(json.loads(json.dumps(lionax.to_config(tx)))) == tx
+    True
+    """
+    definition = _decode(config, "$", 0)
+    if not isinstance(definition, Definition):
+        raise ValueError(f"from_config: $ is a {type(definition).__name__}, not a transformation")
+    return Transformation.of(definition)
+
+
+def _decode(value: Any, where: str, depth: int) -> Any:
+    if depth > DEEPEST:
+        raise ValueError(f"from_config: {where} is nested more than {DEEPEST} deep")
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return tuple(_decode(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value))
+    if not isinstance(value, dict):
+        raise ValueError(f"from_config: {where} is {value!r}; a number, string, list or dict is accepted")
+    kind = value.get("type")
+    fields = {name: item for name, item in value.items() if name != "type"}
+    if kind == "float" and fields.get("value") in ("inf", "-inf", "nan"):
+        return float(fields["value"])
+    if kind == "registered" and isinstance(fields.get("name"), str):
+        if fields["name"] not in _registered:
+            raise ValueError(f"from_config: {where}: no schedule is registered as {fields['name']!r}; register it before, with "
+                             "lionax.register_schedule")
+        return _registered[fields["name"]]
+    if not isinstance(kind, str) or kind not in _TYPES:
+        raise ValueError(f"from_config: {where}.type is {kind!r}; known are {', '.join(sorted(_TYPES))}")
+    return _build(_TYPES[kind], fields, where, depth)
+
+
+def _build(cls: type, fields: dict[str, Any], where: str, depth: int) -> Any:
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    for name in fields:
+        if name not in known:
+            raise ValueError(f"from_config: {where}.{name} is not a field of {cls.__name__}; it has {', '.join(known)}")
+    values = {name: _decode(item, f"{where}.{name}", depth + 1) for name, item in fields.items()}
+    for name, item in values.items():
+        if not _fits(item, known[name]):
+            raise ValueError(f"from_config: {where}.{name}={item!r} is not accepted by {cls.__name__}")
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"from_config: {where}: {error}") from None
+
+
+def _fits(value: Any, field: dataclasses.Field) -> bool:
+    """Whether a decoded value is of the field's kind. What lies in which range is checked by the constructor."""
+    if field.name in ("mask", "labels"):
+        return isinstance(value, PathMask | PathTree)
+    if "scalar" in field.metadata or field.name in ("schedule", "rate"):
+        known = isinstance(value, (Injected, *_SCHEDULES)) or any(value is schedule for schedule in _registered.values())
+        return value is None or _is_number(value) or known
+    if field.name.endswith("_dtype"):
+        return value is None or isinstance(value, str)
+    return _is_a(value, field.type)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_a(value: Any, annotation: Any) -> bool:
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (types.UnionType, typing.Union):
+        return any(_is_a(value, part) for part in parts)
+    if origin is typing.Literal:
+        return value in parts
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if parts[-1] is Ellipsis:
+            return all(_is_a(item, parts[0]) for item in value)
+        return len(value) == len(parts) and all(_is_a(item, part) for item, part in zip(value, parts, strict=True))
+    if annotation is float:
+        return _is_number(value)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if annotation is Any:
+        return value is None or isinstance(value, bool | int | float | str)
+    return isinstance(value, type(None) if annotation is None else annotation)
