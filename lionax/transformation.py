@@ -24,6 +24,8 @@ class _Init:
 
     definition: Definition
     call: str = dataclasses.field(default="", compare=False)  # how it was written, for repr
+    made_by: Any = dataclasses.field(default=None, compare=False)  # the public function, or None
+    given: Any = dataclasses.field(default=None, compare=False)  # and its arguments by name
 
     def __call__(self, params: Any) -> engine.State:
         return engine.init(self.definition, params)
@@ -57,14 +59,13 @@ class Transformation(optax.GradientTransformationExtraArgs):
     __slots__ = ()
 
     @classmethod
-    def of(cls, definition: Definition, call: str = "") -> "Transformation":
+    def of(cls, definition: Definition) -> "Transformation":
         """The transformation that a rule or another definition describes.
 
         Args:
           definition: a `Rule`, or a combination of definitions.
-          call: the text that ``repr`` is to show.
         """
-        return cls(_Init(definition, call), cast(Any, _Update(definition)))
+        return cls(_Init(definition), cast(Any, _Update(definition)))
 
     @property
     def definition(self) -> Definition:
@@ -99,6 +100,11 @@ class Transformation(optax.GradientTransformationExtraArgs):
             raise ValueError(f"{self!r}: step needs the parameters, which it returns anew; without them, call update(grads, state)")
         return engine.run(self.definition, grads, state, params, extra, write=True)
 
+    def made_by(self, function: Callable[..., Any]) -> dict[str, Any] | None:
+        """The arguments by name, if it came from a call of this public function; else None."""
+        init = cast(_Init, self.init)
+        return dict(init.given) if init.made_by is function else None
+
     def __repr__(self) -> str:
         return cast(_Init, self.init).call or f"Transformation.of({self.definition!r})"
 
@@ -122,7 +128,9 @@ def constructor(function: Callable[..., Transformation]) -> Callable[..., Transf
                 shown += [f"{key}={_shown(item)}" for key, item in value.items()]
             elif type(value) is not type(parameter.default) or value != parameter.default:
                 shown.append(f"{name}={_shown(value)}")
-        return Transformation.of(function(*args, **kwargs).definition, f"{function.__name__}({', '.join(shown)})")
+        definition = function(*args, **kwargs).definition
+        init = _Init(definition, f"{function.__name__}({', '.join(shown)})", construct, dict(given))
+        return Transformation(init, cast(Any, _Update(definition)))
 
     return construct
 

@@ -129,3 +129,48 @@ def test_bad_schedules():
             make_schedule(0.1, 0, 0.5)
     with pytest.raises(ValueError, match="one value more than boundaries"):
         keras_schedules.PiecewiseConstantDecay([1, 2], [0.1, 0.2])
+
+
+KERAS3 = [name for name in REPLAYED if name.startswith("keras3")]
+
+
+@pytest.mark.parametrize("name", KERAS3)
+def test_keras_configs_there_and_back(name):
+    entry = OURS[name]
+    tx = keras3.from_config(entry["get_config"])
+    assert keras3.to_config(tx) == entry["get_config"]
+    made = {**keras3.to_config(make(entry)), "name": entry["get_config"]["name"]}
+    rate = made.pop("learning_rate")
+    expected = dict(entry["get_config"])
+    recorded = expected.pop("learning_rate")  # Keras keeps it in float32
+    assert made == expected
+    if isinstance(rate, dict):
+        assert keras3.from_config({"learning_rate": rate}) == keras3.from_config({"learning_rate": recorded})
+    else:
+        assert rate == pytest.approx(recorded, rel=1e-7)
+    serialized = {"module": "keras.optimizers", "class_name": type_of(entry), "config": entry["get_config"], "registered_name": None}
+    assert keras3.from_config(serialized) == tx
+
+
+def type_of(entry):
+    return entry["cls"].rpartition(".")[2]
+
+
+@pytest.mark.parametrize(("config", "message"), [
+    (3, "is not a dict"), ({"class_name": "Adam", "config": {}}, "class_name='Adam'"), ({"class_name": "Lion"}, "config=None"),
+    ({"learning_rate": 0.1, "foo": 1}, "Lion.foo is not accepted"), ({"learning_rate": "0.1"}, "Lion.learning_rate='0.1'"),
+    ({"learning_rate": {"class_name": "os.system", "config": {}}}, "learning_rate: class_name='os.system'"),
+    ({"learning_rate": {"class_name": "CosineDecay", "config": {"steps": 1}}}, "CosineDecay.steps is not accepted"),
+    ({"learning_rate": {"class_name": "CosineDecay", "config": {}}}, "CosineDecay: .*missing"),
+    ({"beta_1": 0.0}, "beta_1=0.0"), ({"exclude_from_weight_decay": None}, "exclude_from_weight_decay is not accepted"),
+])
+def test_bad_keras_configs(config, message):
+    with pytest.raises(ValueError, match=message):
+        keras3.from_config(config)
+
+
+def test_what_keras_has_no_config_for():
+    with pytest.raises(TypeError, match="was not made by Lion, SGD, Lamb"):
+        keras3.to_config(lionax.lion(0.1))
+    with pytest.raises(TypeError, match="has no config in Keras"):
+        keras3.to_config(keras3.Lion(optax.constant_schedule(0.1)))

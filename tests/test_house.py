@@ -87,7 +87,8 @@ def test_every_public_name_is_exported_once():
 
 PUBLIC = {name: getattr(lionax, name) for name in lionax.__all__}
 for system in (lionax.compat.keras2, lionax.compat.keras3, lionax.compat.dtensor, lionax.compat.tf_models):
-    PUBLIC |= {f"{system.__name__}.{name}": getattr(system, name) for name in ("Lion", "SGD", "Lamb", "LAMB") if hasattr(system, name)}
+    functions = ("Lion", "SGD", "Lamb", "LAMB", "from_config", "to_config")
+    PUBLIC |= {f"{system.__name__}.{name}": getattr(system, name) for name in functions if hasattr(system, name)}
 
 
 @pytest.mark.parametrize("name", PUBLIC)

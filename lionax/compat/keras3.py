@@ -1,14 +1,17 @@
 """Keras 3, as it runs on its JAX backend."""
 
 import dataclasses
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from lionax.accumulation import accumulate
 from lionax.adaptive import scale_by_adam, scale_by_trust_ratio
 from lionax.combining import chain, identity, masked
+from lionax.compat import keras_schedules
 from lionax.compat.keras2 import momentum_sgd
 from lionax.compat.keras_parts import Decayed, EveryWindow, check_ema, check_rate, clipping, decayed, moving_average
 from lionax.decay import add_decayed_weights
@@ -18,7 +21,7 @@ from lionax.scaling import scale_by_learning_rate
 from lionax.sign_momentum import scale_by_lion
 from lionax.transformation import Transformation, constructor
 
-__all__ = ["SGD", "Lamb", "Lion", "Shrunk"]
+__all__ = ["SGD", "Lamb", "Lion", "Shrunk", "from_config", "to_config"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,3 +217,99 @@ def Lamb(learning_rate: Scalar = 0.001, beta_1: float = 0.9, beta_2: float = 0.9
         adapt = chain(shrunk, masked(adapt, base.mask.opposite()))
     return base.around(chain(scale_by_adam(beta_1, beta_2, epsilon), adapt, add_decayed_weights(weight_decay or 0.0, base.mask),
                              scale_by_learning_rate(base.rate)))
+
+
+_OPTIMIZERS = {"Lion": Lion, "SGD": SGD, "Lamb": Lamb}
+_SCHEDULES = {name: getattr(keras_schedules, name) for name in keras_schedules.__all__ if name != "Schedule"}
+
+
+def to_config(tx: Transformation) -> dict[str, Any]:
+    """What ``get_config()`` of the Keras optimizer gives that a constructor of this module stands for.
+
+    As in Keras, exclusions from weight decay are not part of it.
+
+    Args:
+      tx: as `Lion`, `SGD`, `Lamb` or `from_config` gave it.
+
+    Raises:
+      TypeError: for another transformation, or a learning rate that Keras has no config for.
+
+    >>> from lionax.compat import keras3
+    >>> keras3.to_config(keras3.Lion(0.5))["learning_rate"]
+    0.5
+    """
+    for name, make in _OPTIMIZERS.items():
+        given = tx.made_by(make) if isinstance(tx, Transformation) else None
+        if given is not None:
+            defaults = {parameter.name: parameter.default for parameter in inspect.signature(make).parameters.values()}
+            config = {**defaults, "name": name.lower(), **given}
+            del config["exclude_from_weight_decay"]
+            return {**config, "learning_rate": _rate_to_config(config["learning_rate"])}
+    raise TypeError(f"compat.keras3.to_config: {tx!r} was not made by {', '.join(_OPTIMIZERS)} of this module; see lionax.to_config")
+
+
+def _rate_to_config(rate: Any) -> Any:
+    if isinstance(rate, keras_schedules.Schedule):
+        fields = {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(rate).items()}
+        return {"module": "keras.optimizers.schedules", "class_name": type(rate).__name__, "config": fields, "registered_name": None}
+    if callable(rate) or not np.ndim(rate) == 0:
+        raise TypeError(f"compat.keras3.to_config: learning_rate={rate!r} has no config in Keras; give a number or a schedule of "
+                        "lionax.compat.keras_schedules")
+    return float(rate)
+
+
+def from_config(config: Mapping[str, Any]) -> Transformation:
+    """The transformation for a Keras optimizer's config.
+
+    Args:
+      config: what ``get_config()`` of Keras's Lion, SGD or Lamb gives, or ``keras.optimizers.serialize``. Nothing in it is executed.
+
+    Raises:
+      ValueError: for unknown optimizers, schedules and fields, and for unfit values.
+
+    >>> from lionax.compat import keras3
+    >>> keras3.from_config({"name": "sgd", "learning_rate": 0.1, "momentum": 0.9, "nesterov": False})
+    SGD(learning_rate=0.1, momentum=0.9, name='sgd')
+    """
+    owner = "compat.keras3.from_config"
+    if not isinstance(config, Mapping):
+        raise ValueError(f"{owner}: {config!r} is not a dict")
+    if "class_name" in config:
+        name, fields = config["class_name"], config.get("config")
+    else:  # what get_config() gives does not tell the class, but each has a field of its own
+        name, fields = "SGD" if "momentum" in config else "Lamb" if "epsilon" in config else "Lion", config
+    if not isinstance(name, str) or name not in _OPTIMIZERS or not isinstance(fields, Mapping):
+        raise ValueError(f"{owner}: class_name={name!r} with config={fields!r} is not accepted; known are {', '.join(_OPTIMIZERS)}")
+    known = set(inspect.signature(_OPTIMIZERS[name]).parameters) - {"exclude_from_weight_decay"}
+    arguments = _checked(fields, known, f"{owner}: {name}")
+    if isinstance(arguments.get("learning_rate"), Mapping):
+        arguments["learning_rate"] = _rate_from_config(arguments["learning_rate"], f"{owner}: {name}.learning_rate")
+    try:
+        return _OPTIMIZERS[name](**arguments)
+    except TypeError as error:
+        raise ValueError(f"{owner}: {name}: {error}") from None
+
+
+def _rate_from_config(config: Mapping[str, Any], where: str) -> keras_schedules.Schedule:
+    name, fields = config.get("class_name"), config.get("config")
+    if not isinstance(name, str) or name not in _SCHEDULES or not isinstance(fields, Mapping):
+        raise ValueError(f"{where}: class_name={name!r} with config={fields!r} is not accepted; known are {', '.join(_SCHEDULES)}")
+    schedule = _SCHEDULES[name]
+    arguments = _checked(fields, {field.name for field in dataclasses.fields(schedule)}, f"{where}.{name}")
+    try:
+        return schedule(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{where}.{name}: {error}") from None
+
+
+def _checked(fields: Mapping[str, Any], known: set[str], where: str) -> dict[str, Any]:
+    """The fields, if they are known and hold numbers, strings, lists of numbers or, for a rate, a dict."""
+    for name, value in fields.items():
+        if name not in known:
+            raise ValueError(f"{where}.{name} is not accepted; the fields are {', '.join(sorted(known))}")
+        plain = value is None or isinstance(value, bool | int | float) or (isinstance(value, str) and name == "name")
+        numbers = isinstance(value, list | tuple) and all(isinstance(item, int | float) for item in value)
+        nested = name == "learning_rate" and isinstance(value, Mapping)
+        if not plain and not nested and not (numbers and name in ("boundaries", "values")):
+            raise ValueError(f"{where}.{name}={value!r} is not accepted")
+    return dict(fields)
