@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lionax import norms, storage
+from lionax import norms, ordering, storage
 from lionax.hyperparameters import Hyperparameter, Injected, value_at
 from lionax.layout import Layout, Leaves, Stage, gap, sweeps
 from lionax.masks import is_placeholder
@@ -87,12 +87,11 @@ def run(definition: Definition, updates: Any, state: State, params: Any, extra: 
         _check_structures(grads, old)
     layout = Layout.of(definition, grads)
     passage = _Passage(layout, grads, old, state, extra)
-    for group in sweeps(passage.program):
+    *first, last = sweeps(passage.program) or [[]]
+    for group in first:
         passage.sweep(group)
-    if write and old is not None:
-        out = [storage.add(p, u) for p, u in zip(old.values, passage.updates, strict=True)]
-    else:
-        out = passage.in_dtype_of_gradients()
+    passage.sweep(last, write=write)
+    out = passage.written if write else passage.in_dtype_of_gradients()
     new = State(jnp.asarray(optax.safe_increment(state.count)), passage.settings.record(), layout.pack(iter(passage.states)))
     return grads.treedef.unflatten(out), new
 
@@ -121,6 +120,7 @@ class _Passage:
         self.updates = list(grads.values)
         values = [None] * len(grads.values) if params is None else params.values
         self.param = values  # for each leaf, or None
+        self.written: list[Any] = [None] * len(values)  # the new parameters, if they are asked for
         self.dtypes: list[Any] = [storage.compute_dtype(*(x for x in (g, p) if x is not None)) if present else None
                        for g, p, present in zip(grads.values, values, grads.present, strict=True)]
 
@@ -129,19 +129,30 @@ class _Passage:
         return [u if d is None else u.astype(d if g is None else g.dtype)
                 for u, g, d in zip(self.updates, self.grads.values, self.dtypes, strict=True)]
 
-    def sweep(self, group: list[int]) -> None:
-        """Carries every leaf through the stages with these indices."""
-        if self.program[group[0]].tree_wide:
-            return self._tree_wide(group[0])
+    def sweep(self, group: list[int], write: bool = False) -> None:
+        """Carries every leaf through the stages with these indices, and may add the updates to the parameters then."""
+        if not group or self.program[group[0]].tree_wide:
+            if group:
+                self._tree_wide(group[0])
+            if write:
+                self.written = [storage.add(p, u) for p, u in zip(self.param, self.updates, strict=True)]
+            return
         shared = self._tree_norms(group[0])
         slots = {i: self._columns(i) for i in group}
         active = {i: self.program[i].active for i in group}
         for leaf in range(len(self.updates)):
+            arrived, acting = self.updates[leaf], [i for i in group if active[i][leaf]]
+            stored = slots[acting[0]][leaf] if acting else None
             for i in group:
                 if active[i][leaf]:
                     slots[i][leaf] = self._apply(i, leaf, slots[i][leaf], shared if i == group[0] else ())
                 elif self._acts_on_idle(i, leaf):
                     slots[i][leaf] = self._apply_to_idle(i, leaf, slots[i][leaf])
+            if write:
+                self.written[leaf] = storage.add(self.param[leaf], self.updates[leaf])
+                # Behind another rule the compiler would round the products of both otherwise than in the first run.
+                if acting and self.program[acting[0]].rule.update_reads_old_slots and ordering.worth_ordering(self.written[leaf]):
+                    slots[acting[0]][leaf] = self._renew_after_writing(acting[0], leaf, arrived, stored)
         for i in group:
             if self.states[i]:
                 rows = zip(*slots[i], strict=True) if slots[i] else ([] for _ in self.states[i])
@@ -181,6 +192,18 @@ class _Passage:
                 rule, update, param = self._operands(i, leaf)
                 measured.append(rule.measure(update, param))
         return tuple(norms.joint_norm(arrays) for arrays in zip(*measured, strict=True))
+
+    def _renew_after_writing(self, i: int, leaf: int, arrived: Any, stored: Any) -> Any:
+        """The new slots of the first rule of a sweep once more, its old ones read when the parameter is written.
+
+        The compiler drops what is not used of either run.
+        """
+        zero, update = ordering.zero_once_written(self.written[leaf]), self.updates[leaf]
+        # The update goes the same way as the slots: a sum of two products is else fused with the other of the two.
+        self.updates[leaf] = ordering.after(zero, arrived)
+        slots = self._apply(i, leaf, jax.tree.map(lambda slot: ordering.after(zero, slot), stored), ())
+        self.updates[leaf] = update
+        return slots
 
     def _apply(self, i: int, leaf: int, stored: Any, tree_norms: tuple[jax.Array, ...]) -> Any:
         """Runs one rule on one leaf; returns its new slots."""

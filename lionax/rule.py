@@ -68,6 +68,9 @@ class Rule(Definition):
     scope: ClassVar[Literal["none", "leaf", "tree"]] = "none"
     """Over what the norms that `measure` asks for are taken."""
 
+    update_reads_old_slots: ClassVar[bool] = False
+    """Whether `apply` computes the update from the old slots, not the new: then writes are ordered (`lionax.ordering`)."""
+
     any_dtype: ClassVar[bool] = False
     """Whether leaves that are not floating-point are accepted."""
 

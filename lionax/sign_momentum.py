@@ -1,7 +1,7 @@
 """Lion's part: the sign of an interpolated momentum."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,8 @@ class ScaleByLionState(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class ScaleByLion(Rule):
     """The rule of `scale_by_lion`."""
+
+    update_reads_old_slots: ClassVar = True
 
     b1: Scalar = scalar(0.9, low=0, high=1)
     b2: Scalar = scalar(0.99, low=0, high=1)

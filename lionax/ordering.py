@@ -1,0 +1,73 @@
+"""Writes in order, so that the CPU's compiler copies no donated buffer.
+
+Lion's update and its new momentum both read the old one. XLA on the CPU makes two loops of the two results, and if the
+momentum's buffer is donated it first copies it, lest the loop that overwrites it run before the one that still reads it. The
+cure is to make the new momentum depend on the written parameter, by a zero that the compiler cannot see to be one: the bits
+of one element as an integer, bounded from above and below by 0, added to the bits of the old momentum. No bit of a result
+changes, and NaN does not spread. Elsewhere one loop writes both, and order would only hurt.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.core import ShapedArray, Tracer
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+__all__ = ["after", "worth_ordering", "zero_once_written"]
+
+SMALLEST = 1 << 14  # elements; a smaller buffer is in the cache, and its copy cheaper than the order
+
+_INTEGERS = {1: jnp.int8, 2: jnp.int16, 4: jnp.int32, 8: jnp.int64}
+
+
+def worth_ordering(param: jax.Array) -> bool:
+    """Whether a parameter is being compiled, large, and not known to be spread over a mesh."""
+    if not isinstance(param, Tracer) or param.size < SMALLEST:
+        return False
+    return jax.typeof(param).sharding.mesh.empty and jax.sharding.get_abstract_mesh().empty
+
+
+def zero_once_written(written: jax.Array) -> jax.Array:
+    """An int32 zero that is there once an array is: on one CPU device; elsewhere a plain zero."""
+    return _zero.bind(lax.stop_gradient(written))
+
+
+@jax.custom_jvp
+def after(zero: jax.Array, slot: jax.Array) -> jax.Array:
+    """A slot, to be read only when ``zero`` is there. To a derivative it is the identity."""
+    if not jnp.issubdtype(slot.dtype, jnp.floating):
+        return slot
+    integer = _INTEGERS[slot.dtype.itemsize]
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(slot, integer) + zero.astype(integer), slot.dtype)
+
+
+@after.defjvp
+def _after_jvp(primals, tangents):
+    return after(*primals), tangents[1]
+
+
+_zero = Primitive("zero_once_written")
+_zero.def_impl(lambda written: jnp.zeros((), jnp.int32))
+_zero.def_abstract_eval(lambda written: ShapedArray((), jnp.dtype(jnp.int32)))
+batching.primitive_batchers[_zero] = lambda arguments, axes: (jnp.zeros((), jnp.int32), None)
+
+
+def _plain(written: jax.Array) -> jax.Array:
+    return jnp.zeros((), jnp.int32)
+
+
+def _hidden(written: jax.Array) -> jax.Array:
+    element = written[(0,) * written.ndim]
+    bits = lax.bitcast_convert_type(element, _INTEGERS[written.dtype.itemsize]).astype(jnp.int32)
+    return jnp.maximum(jnp.minimum(bits, 0), 0)
+
+
+def _lower_on_cpu(context, written):
+    # One element of an array that is spread over devices would have to be sent to all of them.
+    alone = getattr(context.module_context.axis_context, "num_devices", 0) == 1
+    return mlir.lower_fun(_hidden if alone else _plain, multiple_results=False)(context, written)
+
+
+mlir.register_lowering(_zero, mlir.lower_fun(_plain, multiple_results=False))
+mlir.register_lowering(_zero, _lower_on_cpu, platform="cpu")

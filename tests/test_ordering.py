@@ -1,0 +1,107 @@
+"""Lion's writes in order: nothing copied, no bit changed, nothing sent."""
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lionax
+from lionax.ordering import SMALLEST
+
+PARAMS = {"large": cases.normal(160, 160), "other": cases.normal(256, 128, seed=1), "small": cases.normal(7)}
+LARGEST = max(leaf.nbytes for leaf in PARAMS.values())
+TXS = {
+    "lion": lambda: lionax.lion(0.01, weight_decay=0.1),
+    "clip": lambda: lionax.chain(lionax.clip_by_global_norm(1.0), lionax.lion(0.01)),
+    "bfloat16": lambda: lionax.lion(0.01, mu_dtype=jnp.bfloat16),
+    "decay_before": lambda: lionax.chain(lionax.add_decayed_weights(0.1), lionax.lion(0.01), lionax.params_ema(0.9)),
+    "masked": lambda: lionax.partition({"a": lionax.lion(0.01), "b": lionax.sgd(0.01, 0.9)}, {"large": "a", "other": "b", "small": "a"}),
+    "behind_a_norm": lambda: lionax.chain(lionax.clip_by_norm(1.0), lionax.lion(0.01)),
+}
+assert PARAMS["large"].size >= SMALLEST > PARAMS["small"].size
+
+
+def compiled(tx, params=PARAMS, **options):
+    return jax.jit(tx.step, donate_argnums=(0, 1), **options).lower(params, tx.init(params), params).compile()
+
+
+@pytest.mark.parametrize("name", ["lion", "bfloat16", "masked"])
+def test_no_donated_buffer_is_copied(name):
+    tx = TXS[name]()
+    memory = compiled(tx).memory_analysis()
+    assert memory.temp_size_in_bytes < LARGEST
+    assert memory.alias_size_in_bytes >= sum(leaf.nbytes for leaf in jax.tree.leaves((PARAMS, tx.init(PARAMS))))
+    whole = sum(leaf.nbytes for leaf in PARAMS.values())
+    peer = optax.lion(0.01)
+
+    def step(params, state, grads):
+        updates, state = peer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    theirs = jax.jit(step, donate_argnums=(0, 1)).lower(PARAMS, peer.init(PARAMS), PARAMS).compile()
+    assert theirs.memory_analysis().temp_size_in_bytes > 0.9 * whole  # the row is kept honest
+
+
+@pytest.mark.parametrize("name", TXS)
+def test_no_bit_is_changed(name):
+    tx = TXS[name]()
+
+    def two_calls(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    a = b = PARAMS, tx.init(PARAMS)
+    one, two = jax.jit(tx.step), jax.jit(two_calls)
+    for t in range(5):
+        grads = cases.gradients(PARAMS, t)
+        a, b = one(*a, grads), two(*b, grads)
+        cases.assert_equal(a, b)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_no_element_spreads(bad):
+    tx = lionax.lion(0.01)
+    grads = {**PARAMS, "large": PARAMS["large"].at[0, 0].set(bad)}
+    params, state = jax.jit(tx.step)(PARAMS, tx.init(PARAMS), grads)
+    mu = state.rules[0].mu["large"]
+    assert np.all(np.isfinite(mu.at[0, 0].set(0.0)))
+    assert np.all(np.isfinite(params["large"].at[0, 0].set(0.0)))
+
+
+@pytest.mark.parametrize("auto", [True, False])
+def test_nothing_is_sent_on_a_mesh(auto):
+    kind = jax.sharding.AxisType.Auto if auto else jax.sharding.AxisType.Explicit
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
+    tx = TXS["lion"]()
+    place = lambda tree: jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P("x") if x.ndim == 2 else P())), tree)  # noqa: E731
+    params, state, grads = place(PARAMS), place(tx.init(PARAMS)), place(cases.gradients(PARAMS, 0))
+    step = jax.jit(tx.step).lower(params, state, grads).compile()
+    assert not any(word in step.as_text() for word in ("all-gather", "all-reduce", "collective-permute", "all-to-all"))
+    whole = jax.jit(tx.step)(PARAMS, tx.init(PARAMS), cases.gradients(PARAMS, 0))
+    cases.assert_equal(jax.device_get(step(params, state, grads)), jax.device_get(whole), rtol=1e-6)
+
+
+def test_transformed():
+    """Under shard_map, vmap, scan and a derivative the step is the same."""
+    tx = TXS["lion"]()
+    grads = cases.gradients(PARAMS, 0)
+    state = tx.init(PARAMS)
+    expected = jax.jit(tx.step)(PARAMS, state, grads)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = lambda tree: jax.tree.map(lambda x: P("x") if x.ndim == 2 else P(), tree)  # noqa: E731
+    mapped = jax.jit(jax.shard_map(tx.step, mesh=mesh, in_specs=(specs(PARAMS), specs(state), specs(grads)),
+                                   out_specs=(specs(PARAMS), specs(state))))
+    cases.assert_equal(mapped(PARAMS, state, grads), expected, rtol=1e-6)
+    stack = lambda tree: jax.tree.map(lambda x: jnp.stack([x, x]), tree)  # noqa: E731
+    batched = jax.jit(jax.vmap(tx.step))(stack(PARAMS), stack(state), stack(grads))
+    cases.assert_equal(jax.tree.map(lambda x: x[1], batched), expected, rtol=1e-6)
+    scanned, _ = jax.lax.scan(lambda carry, _: (tx.step(*carry, grads), None), (PARAMS, state), None, length=1)
+    cases.assert_equal(scanned, expected, rtol=1e-6)
+    slope = jax.jit(jax.grad(lambda rate: lionax.lion(rate, weight_decay=0.0).step(PARAMS, state, grads)[0]["large"].sum()))(0.1)
+    np.testing.assert_allclose(slope, -np.sum(np.sign(grads["large"])), rtol=1e-5)
+    through_state = jax.jit(jax.grad(lambda g: jnp.sum(tx.step(PARAMS, state, {**grads, "large": g})[1].rules[0].mu["large"])))
+    np.testing.assert_allclose(through_state(grads["large"]), 0.01, rtol=1e-4)
