@@ -1,5 +1,8 @@
 """The constructors of other systems, on the recorded runs of these systems."""
 
+import inspect
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -174,3 +177,13 @@ def test_what_keras_has_no_config_for():
         keras3.to_config(lionax.lion(0.1))
     with pytest.raises(TypeError, match="has no config in Keras"):
         keras3.to_config(keras3.Lion(optax.constant_schedule(0.1)))
+
+
+def test_the_table_names_recorded_runs_and_every_argument():
+    text = (GOLDEN.parent.parent / "docs" / "compat.md").read_text()
+    runs = set(re.findall(r"`((?:tf_keras2|optax|keras3|dtensor|tfm)_\w+/[\w-]+)`", text))
+    assert runs <= set(ENTRIES)
+    assert len(runs) > 60
+    for constructor in set(CONSTRUCTORS.values()):
+        for argument in inspect.signature(constructor).parameters:
+            assert argument == "kwargs" or re.search(rf"[`(]{argument}[`(]", text), argument
