@@ -9,6 +9,7 @@ import optax
 
 from lionax import engine, norms, storage
 from lionax.combining import definition_of
+from lionax.hyperparameters import check_count
 from lionax.layout import TreeWide, present
 from lionax.masks import is_placeholder
 from lionax.rule import Definition
@@ -35,8 +36,7 @@ class Accumulate(TreeWide):
     every: int
 
     def __post_init__(self):
-        if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1:
-            raise ValueError(f"accumulate: every={self.every!r} is not accepted; give a number of micro-batches, at least 1")
+        check_count(self.every, "accumulate", "every", of="micro-batches")
 
     @property
     def name(self) -> str:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lionax import storage
-from lionax.hyperparameters import Scalar, scalar
+from lionax.hyperparameters import Scalar, check_count, scalar
 from lionax.rule import Rule, Step
 from lionax.transformation import Transformation, constructor
 
@@ -39,10 +39,8 @@ class ParamsEma(Rule):
 
     def __post_init__(self):
         super().__post_init__()
-        every = self.overwrite_every
-        if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
-            raise ValueError(f"params_ema: overwrite_every={every!r} is not accepted; give a number of steps, "
-                             "at least 1, or None")
+        if self.overwrite_every is not None:
+            check_count(self.overwrite_every, "params_ema", "overwrite_every", or_none=True)
 
     def init(self, param: jax.Array) -> ParamsEmaState:
         return ParamsEmaState(params_ema=jnp.array(param, dtype=storage.accumulator(param, None), copy=True))

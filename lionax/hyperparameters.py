@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-__all__ = ["Hyperparameter", "Injected", "Interval", "Scalar", "check_scalar", "get_hyperparams", "inject", "is_hyperparameter",
-           "scalar", "set_hyperparams", "value_at"]
+__all__ = ["Hyperparameter", "Injected", "Interval", "Scalar", "check_count", "check_scalar", "get_hyperparams", "inject",
+           "is_hyperparameter", "scalar", "set_hyperparams", "value_at"]
 
 Scalar = Any
 """A float, a 0-d array, a schedule (step -> value) or ``inject(value)``."""
@@ -111,6 +111,13 @@ def check_scalar(value: Any, accepted: Interval, owner: str, argument: str, dyna
     remedy = f"; {accepted.remedy}" if accepted.remedy else ""
     kind = ValueError if _is_number(value) else TypeError
     raise kind(f"{owner}: {argument}={value!r} is not accepted; give {accepted}{schedule}{remedy}")
+
+
+def check_count(value: Any, owner: str, argument: str, of: str = "steps", or_none: bool = False) -> None:
+    """Refuses what is not a whole number of at least 1, fixed when an optimizer is made."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        accepted = f"a number of {of}, at least 1{', or None' if or_none else ''}"
+        raise ValueError(f"{owner}: {argument}={value!r} is not accepted; give {accepted}")
 
 
 def _is_number(value: Any) -> bool:

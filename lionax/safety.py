@@ -9,7 +9,7 @@ import optax
 
 from lionax import engine, norms, storage
 from lionax.combining import definition_of
-from lionax.hyperparameters import Interval, Scalar, check_scalar, scalar
+from lionax.hyperparameters import Interval, Scalar, check_count, check_scalar, scalar
 from lionax.layout import TreeWide, present
 from lionax.masks import is_placeholder
 from lionax.rule import Definition, Rule, Step
@@ -68,9 +68,7 @@ class SkipNonfinite(TreeWide):
     max_consecutive: int
 
     def __post_init__(self):
-        if not isinstance(self.max_consecutive, int) or isinstance(self.max_consecutive, bool) or self.max_consecutive < 1:
-            raise ValueError(f"skip_nonfinite: max_consecutive={self.max_consecutive!r} is not accepted; give a number of steps, "
-                             "at least 1")
+        check_count(self.max_consecutive, "skip_nonfinite", "max_consecutive")
 
     @property
     def name(self) -> str:
@@ -195,8 +193,7 @@ def dynamic_loss_scale(tx: optax.GradientTransformation, initial_scale: float = 
     def number(value, accepted, argument):
         return check_scalar(value, accepted, "dynamic_loss_scale", argument, dynamic=False)
 
-    if not isinstance(growth_interval, int) or isinstance(growth_interval, bool) or growth_interval < 1:
-        raise ValueError(f"dynamic_loss_scale: growth_interval={growth_interval!r} is not accepted; give a number of steps, at least 1")
+    check_count(growth_interval, "dynamic_loss_scale", "growth_interval")
     return Transformation.of(DynamicLossScale(
         definition_of(tx, "dynamic_loss_scale"), number(initial_scale, positive, "initial_scale"), growth_interval,
         number(growth_factor, at_least_one, "growth_factor"), number(backoff_factor, fraction, "backoff_factor"),

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from lionax.averaging import ParamsEma
 from lionax.clipping import clip, clip_by_global_norm, clip_by_norm
 from lionax.combining import identity
-from lionax.hyperparameters import Scalar
+from lionax.hyperparameters import Scalar, check_count
 from lionax.masks import PathMask
 from lionax.transformation import Transformation
 
@@ -76,8 +76,8 @@ def check_ema(use_ema: bool, momentum: float, frequency: int | None, owner: str)
         return
     if not 0 <= momentum <= 1:
         raise ValueError(f"{owner}: ema_momentum={momentum!r} is not accepted; give a number in [0, 1]")
-    if frequency and (not isinstance(frequency, int) or isinstance(frequency, bool) or frequency < 1):
-        raise ValueError(f"{owner}: ema_overwrite_frequency={frequency!r} is not accepted; give a number of steps, at least 1, or None")
+    if frequency:
+        check_count(frequency, owner, "ema_overwrite_frequency", or_none=True)
 
 
 def clipping(clipnorm: float | None, global_clipnorm: float | None, clipvalue: float | None) -> Transformation:
