@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from lionax import storage
+
 __all__ = ["Hyperparameter", "Injected", "Interval", "Scalar", "check_count", "check_scalar", "get_hyperparams", "inject",
            "is_hyperparameter", "scalar", "set_hyperparams", "value_at"]
 
@@ -211,21 +213,10 @@ def set_hyperparams(state: Any, **values: Any) -> Any:
             return node
         value = values[name]
         if value is None:
-            return Hyperparameter(node.value, _like(False, node.overridden))
+            return Hyperparameter(node.value, storage.in_place_of(False, node.overridden))
         (held_value,) = jax.tree.leaves(node.value)
         if np.ndim(value) == 0 or np.shape(value) != held_value.shape:  # a state under vmap takes an array of them
             value = check_scalar(value, Interval(), "set_hyperparams", name, dynamic=False)
-        return Hyperparameter(_like(value, node.value), _like(True, node.overridden))
+        return Hyperparameter(storage.in_place_of(value, node.value), storage.in_place_of(True, node.overridden))
 
     return jax.tree_util.tree_map_with_path(assign, state, is_leaf=is_hyperparameter)
-
-
-def _like(value: Any, old: Any) -> Any:
-    """A value in the form of the one that it replaces: its dtype, shape, placement and container, so that a compiled step fits."""
-
-    def one(array):
-        new = jnp.broadcast_to(jnp.asarray(value).astype(array.dtype), array.shape)
-        placed = isinstance(array, jax.Array) and not isinstance(array, Tracer) and not isinstance(new, Tracer)
-        return jax.device_put(new, array.sharding) if placed and array.committed else new
-
-    return jax.tree.map(one, old)  # a Flax optimizer keeps each array of the state in a variable

@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from lionax.masks import is_placeholder
 
-__all__ = ["Storage", "accumulator", "add", "check_storage", "compute_dtype", "is_float0", "load", "store", "zeros"]
+__all__ = ["Storage", "accumulator", "add", "check_storage", "compute_dtype", "in_place_of", "is_float0", "load", "store", "zeros"]
 
 Storage = Any
 """How a slot is kept: None for the parameter's dtype, or a floating-point dtype (``jnp.bfloat16``, ``"bfloat16"``)."""
@@ -60,6 +61,17 @@ def load(slot: jax.Array, dtype: np.dtype) -> jax.Array:
 def store(value: jax.Array, slot: jax.Array) -> jax.Array:
     """New numbers in the form of the slot that they replace."""
     return value.astype(slot.dtype)
+
+
+def in_place_of(value: Any, old: Any) -> Any:
+    """A value in the form of the array that it replaces: its dtype, shape, placement and container, so that a compiled step fits."""
+
+    def one(array):
+        new = jnp.broadcast_to(jnp.asarray(value).astype(array.dtype), array.shape)
+        placed = isinstance(array, jax.Array) and not isinstance(array, Tracer) and not isinstance(new, Tracer)
+        return jax.device_put(new, array.sharding) if placed and array.committed else new
+
+    return jax.tree.map(one, old)  # a Flax optimizer keeps each array of the state in a variable
 
 
 def add(param: Any, update: Any) -> Any:

@@ -23,7 +23,7 @@ ORDER = ["masks", "storage", "norms", "ordering", "hyperparameters", "rule", "la
          "sign_momentum", "momentum", "adaptive", "decay", "clipping", "scaling", "averaging", "accumulation", "safety",
          "optimizers", "monitoring",
          "compat.keras_schedules", "compat.keras_parts", "compat.keras2", "compat.keras3", "compat.dtensor", "compat.tf_models",
-         "compat.__init__", "config", "__init__",
+         "compat.weights", "compat.optax_states", "compat.__init__", "config", "__init__",
          "demo.__init__", "demo.text", "demo.model", "demo.training", "demo.report", "demo.sweep", "demo.command", "__main__"]
 CORE = [name for name in ORDER if not name.startswith(("demo", "compat", "__"))]
 MAKERS = [name for name in lionax.__all__ if getattr(getattr(lionax, name), "__annotations__", {}).get("return") is lionax.Transformation
@@ -87,6 +87,7 @@ def test_every_public_name_is_exported_once():
 
 
 PUBLIC = {name: getattr(lionax, name) for name in lionax.__all__}
+PUBLIC |= {name: getattr(lionax.compat, name) for name in lionax.compat.__all__ if name.endswith(("_optax", "_weights"))}
 for system in (lionax.compat.keras2, lionax.compat.keras3, lionax.compat.dtensor, lionax.compat.tf_models):
     functions = ("Lion", "SGD", "Lamb", "LAMB", "from_config", "to_config")
     PUBLIC |= {f"{system.__name__}.{name}": getattr(system, name) for name in functions if hasattr(system, name)}
