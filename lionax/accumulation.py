@@ -42,6 +42,10 @@ class Accumulate(TreeWide):
     def name(self) -> str:
         return "accumulate"
 
+    @property
+    def branch(self) -> Definition:
+        return self.part
+
     def init(self, params: Any) -> AccumulateState:
         sums = jax.tree.map(lambda p: storage.zeros(p, storage.accumulator(p, None)), params)
         return AccumulateState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32), sums, jnp.zeros((), jnp.int32),

@@ -8,6 +8,7 @@ Whatever is not math of one array happens here: missing leaves, casts, hyperpara
 """
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -140,19 +141,19 @@ class _Passage:
         shared = self._tree_norms(group[0])
         slots = {i: self._columns(i) for i in group}
         active = {i: self.program[i].active for i in group}
+        before = None  # the parameter that was written last, of those that wait for each other
         for leaf in range(len(self.updates)):
-            arrived, acting = self.updates[leaf], [i for i in group if active[i][leaf]]
-            stored = slots[acting[0]][leaf] if acting else None
+            acting = [i for i in group if active[i][leaf]]
+            if acting and ordering.worth_ordering(self.updates[leaf]):
+                before = self._run_in_order(acting, leaf, slots, shared, before, write)
+                continue
             for i in group:
                 if active[i][leaf]:
-                    slots[i][leaf] = self._apply(i, leaf, slots[i][leaf], shared if i == group[0] else ())
+                    slots[i][leaf] = self._apply(i, leaf, slots[i][leaf], shared)
                 elif self._acts_on_idle(i, leaf):
                     slots[i][leaf] = self._apply_to_idle(i, leaf, slots[i][leaf])
             if write:
                 self.written[leaf] = storage.add(self.param[leaf], self.updates[leaf])
-                # Behind another rule the compiler would round the products of both otherwise than in the first run.
-                if acting and self.program[acting[0]].rule.update_reads_old_slots and ordering.worth_ordering(self.written[leaf]):
-                    slots[acting[0]][leaf] = self._renew_after_writing(acting[0], leaf, arrived, stored)
         for i in group:
             if self.states[i]:
                 rows = zip(*slots[i], strict=True) if slots[i] else ([] for _ in self.states[i])
@@ -193,22 +194,52 @@ class _Passage:
                 measured.append(rule.measure(update, param))
         return tuple(norms.joint_norm(arrays) for arrays in zip(*measured, strict=True))
 
-    def _renew_after_writing(self, i: int, leaf: int, arrived: Any, stored: Any) -> Any:
-        """The new slots of the first rule of a sweep once more, its old ones read when the parameter is written.
+    def _run_in_order(self, acting: list[int], leaf: int, slots: dict[int, list[Any]], shared: tuple[jax.Array, ...],
+                      before: jax.Array | None, write: bool) -> jax.Array | None:
+        """Runs the rules on one leaf, and may write its parameter, with the writes in an order in which none needs a copy.
+
+        Where a rule takes the norm of what others made, that is kept until the norm is known; so the leaf waits for the one
+        before it. Returns the array for which the next is to wait.
+        """
+        waits = any(self.program[i].rule.scope == "leaf" for i in acting[1:])
+        if waits and before is not None:
+            zero = ordering.zero_once_written(before)
+            self.updates[leaf] = ordering.after(zero, self.updates[leaf])
+            for i in acting:
+                slots[i][leaf] = jax.tree.map(functools.partial(ordering.after, zero), slots[i][leaf])
+        arrived, stored = self.updates[leaf], {i: slots[i][leaf] for i in acting}
+        for i in acting:
+            slots[i][leaf] = self._apply(i, leaf, slots[i][leaf], shared)
+        done = self.updates[leaf]
+        if write:
+            done = self.written[leaf] = storage.add(self.param[leaf], self.updates[leaf])
+        self._renew_after_writing(acting, leaf, slots, arrived, stored, shared, done)
+        return done if waits else before
+
+    def _renew_after_writing(self, acting: list[int], leaf: int, slots: dict[int, list[Any]], arrived: jax.Array,
+                             stored: dict[int, Any], shared: tuple[jax.Array, ...], done: jax.Array) -> None:
+        """Where an update reads old slots: the new slots once more, from what is read when ``done`` is written.
 
         The compiler drops what is not used of either run.
         """
-        zero, update = ordering.zero_once_written(self.written[leaf]), self.updates[leaf]
-        # The update goes the same way as the slots: a sum of two products is else fused with the other of the two.
+        rules = {i: self.program[i].rule for i in acting}
+        readers = [i for i in acting if rules[i].update_reads_old_slots]
+        again = acting[: acting.index(readers[-1]) + 1] if readers else []
+        if any(rules[i].needs_params or rules[i].scope == "leaf" for i in again):
+            return  # the parameter is written by then, and a norm would be taken twice
+        # The arrived update goes the same way as the slots: a sum of two products is else rounded otherwise than in the first run.
+        zero, update = ordering.zero_once_written(done), self.updates[leaf]
         self.updates[leaf] = ordering.after(zero, arrived)
-        slots = self._apply(i, leaf, jax.tree.map(lambda slot: ordering.after(zero, slot), stored), ())
+        for i in again:
+            new = self._apply(i, leaf, jax.tree.map(functools.partial(ordering.after, zero), stored[i]), shared)
+            if i in readers:
+                slots[i][leaf] = new
         self.updates[leaf] = update
-        return slots
 
     def _apply(self, i: int, leaf: int, stored: Any, tree_norms: tuple[jax.Array, ...]) -> Any:
         """Runs one rule on one leaf; returns its new slots."""
         rule, update, param = self._operands(i, leaf)
-        measured = tuple(norm.astype(update.dtype) for norm in tree_norms)
+        measured = tuple(norm.astype(update.dtype) for norm in tree_norms) if rule.scope == "tree" else ()
         if rule.scope == "leaf":
             measured = tuple(norms.joint_norm([array]) for array in rule.measure(update, param))
         shapes = jax.tree.map(jnp.shape, stored)

@@ -82,6 +82,11 @@ class TreeWide(Definition):
         """What errors call it."""
         raise NotImplementedError
 
+    @property
+    def branch(self) -> Definition | None:
+        """The definition that it runs in a branch, which is compiled even outside of ``jit``; None if it has no such."""
+        return None
+
     def init(self, params: Any) -> Any:
         """The state for a parameter tree."""
         raise NotImplementedError

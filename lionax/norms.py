@@ -1,6 +1,6 @@
 """Norms over leaves and devices, safe from overflow: the one place where a chain's measured sums are added up.
 
-A sum of squares in float32 overflows once an element passes 1.8e19 and vanishes below 1e-23. So the squares are those of
+A sum of squares in float32 overflows once an element passes 1.8e19 and vanishes below 1e-23. So it is taken in float64, or of
 ``x·c``, where ``c`` is 1, or a power of two if that sum was out of range (Blue, 1978, has three such sums likewise).
 """
 
@@ -14,7 +14,7 @@ from jax import lax
 
 from lionax import storage
 
-__all__ = ["all_finite", "joint_norm", "varying_axes"]
+__all__ = ["all_finite", "in_few_passes", "in_one_pass", "joint_norm", "varying_axes"]
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:
@@ -68,12 +68,8 @@ def _pairwise(rows: jax.Array) -> jax.Array:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 @functools.partial(jax.jit, static_argnums=1)
 def _norm(arrays: tuple[jax.Array, ...], dtype: np.dtype) -> jax.Array:
-    # The CPU compiler makes one pass over memory of each reduction, so there a second is only taken if it is needed.
-    # Elsewhere three reductions are one pass, and a branch would make the host wait for its condition.
-    total, factor = lax.platform_dependent(arrays, cpu=functools.partial(_if_needed, dtype=dtype),
-                                           default=functools.partial(_at_once, dtype=dtype))
-    norm = jnp.sqrt(total) / factor
-    return jnp.where(jnp.isfinite(total), jnp.minimum(norm, jnp.finfo(dtype).max), norm)
+    return lax.platform_dependent(arrays, cpu=functools.partial(in_few_passes, dtype=dtype),
+                                  default=functools.partial(in_one_pass, dtype=dtype))
 
 
 @_norm.defjvp
@@ -105,30 +101,32 @@ def _sum_of_squares(arrays: Sequence[jax.Array], scale: Callable[[jax.Array], ja
     return _total([jnp.sum(jnp.square(scale(x.astype(dtype)))) for x in arrays], dtype)
 
 
-def _if_needed(arrays: tuple[jax.Array, ...], dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
-    """The sum of squares of ``x·c``, and ``c``: a plain sum, and another only if that was out of range."""
+def in_few_passes(arrays: tuple[jax.Array, ...], dtype: np.dtype) -> jax.Array:
+    """For the CPU, whose compiler makes one pass over memory, and one program, of each reduction.
 
-    def total(factor):
-        return _sum_of_squares(arrays, lambda x: x * factor, dtype)
-
-    if len(arrays) > 1:
-        plain = total(1)
-        factor = _factor_for(plain)
-        return lax.cond(factor == 1, lambda: plain, lambda: total(factor)), factor
-
-    # A loop has the sum in the program once. With many arrays in its body XLA takes minutes to compile it.
-    def attempt(carry):
-        _, factor, _ = carry
-        new = total(factor)
-        return factor, jnp.where(factor == 1, _factor_for(new), factor), new
-
-    used_wanted_total = tuple(jnp.asarray(number, dtype) for number in (0.0, 1.0, 0.0))
-    factor, _, last = lax.while_loop(lambda carry: carry[0] != carry[1], attempt, used_wanted_total)
-    return last, factor
+    One array is summed in float64, in which no square of a float32 is out of range. That takes twice the time of a sum in
+    float32, so of many arrays a sum in float32 is tried first.
+    """
+    if dtype == jnp.float64:
+        return in_one_pass(arrays, dtype)
+    if len(arrays) == 1:
+        return _in_double(arrays)
+    plain = _sum_of_squares(arrays, lambda x: x, dtype)
+    return lax.cond(_factor_for(plain) == 1, lambda: jnp.sqrt(plain), lambda: _in_double(arrays))
 
 
-def _at_once(arrays: tuple[jax.Array, ...], dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
-    """The same from three sums, of which one is used."""
+def _in_double(arrays: tuple[jax.Array, ...]) -> jax.Array:
+    with jax.enable_x64(True):
+        return _bounded(jnp.sqrt(_sum_of_squares(arrays, lambda x: x, jnp.dtype(jnp.float64))), jnp.dtype(jnp.float32))
+
+
+def _bounded(norm: jax.Array, dtype: np.dtype) -> jax.Array:
+    """A norm in a dtype; a finite one stays finite."""
+    return jnp.where(jnp.isfinite(norm), jnp.minimum(norm, float(jnp.finfo(dtype).max)), norm).astype(dtype)
+
+
+def in_one_pass(arrays: tuple[jax.Array, ...], dtype: np.dtype) -> jax.Array:
+    """For compilers that make one pass of three sums, of which one is used; a branch would make the host wait for its condition."""
     (up, down), width = _factors(dtype), _width(dtype)
     plain = _sum_of_squares(arrays, lambda x: x, dtype)
     # The bounds never bind where a sum is used. They stand there because XLA would make (x·c)·(x·c) into (x·x)·(c·c), whose
@@ -136,4 +134,7 @@ def _at_once(arrays: tuple[jax.Array, ...], dtype: np.dtype) -> tuple[jax.Array,
     small = _sum_of_squares(arrays, lambda x: jnp.minimum(jnp.abs(x) * up, 2.0 ** (60 * width)), dtype)
     large = _sum_of_squares(arrays, lambda x: jnp.maximum(jnp.abs(x) * down, 2.0 ** (-70 * width)), dtype)
     factor = _factor_for(plain)
-    return jnp.where(factor == 1, plain, jnp.where(factor < 1, large, small)), factor
+    total = jnp.where(factor == 1, plain, jnp.where(factor < 1, large, small))
+    norm = jnp.sqrt(total) / factor
+    # A sum past the largest number is not finite after the division only.
+    return jnp.where(jnp.isfinite(total), jnp.minimum(norm, jnp.finfo(dtype).max), norm)

@@ -74,6 +74,10 @@ class SkipNonfinite(TreeWide):
     def name(self) -> str:
         return "skip_nonfinite"
 
+    @property
+    def branch(self) -> Definition:
+        return self.part
+
     def init(self, params: Any) -> SkipNonfiniteState:
         return SkipNonfiniteState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), engine.init(self.part, params))
 
@@ -134,6 +138,10 @@ class DynamicLossScale(TreeWide):
     @property
     def name(self) -> str:
         return "dynamic_loss_scale"
+
+    @property
+    def branch(self) -> Definition:
+        return self.part
 
     def init(self, params: Any) -> DynamicLossScaleState:
         return DynamicLossScaleState(jnp.asarray(self.initial, jnp.float32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32),

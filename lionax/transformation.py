@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from lionax import engine, storage
+from lionax.eager import Program
 from lionax.masks import is_placeholder
 from lionax.rule import Definition
 
@@ -38,7 +39,15 @@ class _Update:
     definition: Definition
 
     def __call__(self, updates: Any, state: engine.State, params: Any = None, **extra: Any) -> tuple[Any, engine.State]:
-        return engine.run(self.definition, updates, state, params, extra, write=False)
+        return self.program(updates, state, params, extra, write=False)
+
+    @functools.cached_property
+    def program(self) -> Program:
+        """What runs it."""
+        return Program(self.definition)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"definition": self.definition}  # without the program, which holds compiled code
 
 
 class Transformation(optax.GradientTransformationExtraArgs):
@@ -98,7 +107,7 @@ class Transformation(optax.GradientTransformationExtraArgs):
         """
         if params is None:
             raise ValueError(f"{self!r}: step needs the parameters, which it returns anew; without them, call update(grads, state)")
-        return engine.run(self.definition, grads, state, params, extra, write=True)
+        return cast(_Update, self.update).program(grads, state, params, extra, write=True)
 
     def made_by(self, function: Callable[..., Any]) -> dict[str, Any] | None:
         """The arguments by name, if it came from a call of this public function; else None."""

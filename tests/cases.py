@@ -151,12 +151,13 @@ def gradients(params: Any, step: int) -> Any:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def assert_equal(actual: Any, expected: Any, rtol: float = 0.0) -> None:
-    """Trees of the same structure, shapes and dtypes, whose elements are equal to ``rtol`` of the leaf's greatest."""
+def assert_equal(actual: Any, expected: Any, rtol: float = 0.0, of: Any = None) -> None:
+    """Trees of the same structure, shapes and dtypes, whose elements are equal to ``rtol`` of the leaf's greatest, or of that in ``of``."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+    scales = jax.tree.leaves(expected if of is None else of)
+    for (path, a), b, scale in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), scales, strict=True):
         where = jax.tree_util.keystr(path)
         assert a.shape == b.shape, where
         assert a.dtype == b.dtype, where
-        a, b = np.asarray(a).astype(np.float64), np.asarray(b).astype(np.float64)
-        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * np.max(np.abs(b), initial=0.0), err_msg=where)
+        a, b, scale = (np.asarray(x).astype(np.float64) for x in (a, b, scale))
+        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * np.max(np.abs(scale), initial=0.0), err_msg=where)

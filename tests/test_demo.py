@@ -81,12 +81,16 @@ def test_an_interrupt_leaves_the_partial_table(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "curves.png").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupt_at_any_time_leaves_no_traceback(tmp_path):
     process = subprocess.Popen(demo("--steps", "100000", "--out", str(tmp_path / "curves.png")), env=ENVIRONMENT, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)
-    time.sleep(12)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=120)
+    try:
+        time.sleep(12)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 130, stderr
     assert "Interrupted" in stdout + stderr
     assert "Traceback" not in stdout + stderr
