@@ -10,13 +10,14 @@ Whatever is not math of one array happens here: missing leaves, casts, hyperpara
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from lionax import norms, ordering, storage
 from lionax.hyperparameters import Hyperparameter, Injected, value_at
@@ -121,6 +122,7 @@ class _Passage:
         self.updates = list(grads.values)
         values = [None] * len(grads.values) if params is None else params.values
         self.param = values  # for each leaf, or None
+        self.functions: dict[Any, Callable[..., tuple[jax.Array, Any]]] = {}
         self.written: list[Any] = [None] * len(values)  # the new parameters, if they are asked for
         self.dtypes: list[Any] = [storage.compute_dtype(*(x for x in (g, p) if x is not None)) if present else None
                        for g, p, present in zip(grads.values, values, grads.present, strict=True)]
@@ -239,17 +241,29 @@ class _Passage:
     def _apply(self, i: int, leaf: int, stored: Any, tree_norms: tuple[jax.Array, ...]) -> Any:
         """Runs one rule on one leaf; returns its new slots."""
         rule, update, param = self._operands(i, leaf)
-        measured = tuple(norm.astype(update.dtype) for norm in tree_norms) if rule.scope == "tree" else ()
-        if rule.scope == "leaf":
-            measured = tuple(norms.joint_norm([array]) for array in rule.measure(update, param))
         shapes = jax.tree.map(jnp.shape, stored)
         if any(slot.shape != update.shape for slot in jax.tree.leaves(stored)) and (
                 shapes != jax.tree.map(jnp.shape, jax.eval_shape(rule.init, update))):
             raise ValueError(f"{rule.name}: the gradient of {self.grads.paths[leaf]!r} has shape {update.shape}, its state "
                              f"{shapes}; they do not fit")
-        loaded = jax.tree.map(lambda slot: storage.load(slot, update.dtype), stored)
-        self.updates[leaf], slots = rule.apply(update, loaded, param, Step(self.count, measured))
-        return jax.tree.map(storage.store, slots, stored)
+        self.updates[leaf], slots = self._function(i, rule, update)(update, stored, param, tree_norms)
+        return slots
+
+    def _function(self, i: int, rule: Rule, update: jax.Array) -> Callable[..., tuple[jax.Array, Any]]:
+        """A stage as a function of one leaf's arrays; in a trace it is one function for all leaves of a shape."""
+        key = (i, rule.name, update.dtype)
+        if key not in self.functions:
+
+            def function(update, stored, param, tree_norms):
+                measured = tuple(norm.astype(update.dtype) for norm in tree_norms) if rule.scope == "tree" else ()
+                if rule.scope == "leaf":
+                    measured = tuple(norms.joint_norm([array]) for array in rule.measure(update, param))
+                loaded = jax.tree.map(lambda slot: storage.load(slot, update.dtype), stored)
+                update, slots = rule.apply(update, loaded, param, Step(self.count, measured))
+                return update, jax.tree.map(storage.store, slots, stored)
+
+            self.functions[key] = jax.jit(function) if isinstance(update, Tracer) else function
+        return self.functions[key]
 
     def _acts_on_idle(self, i: int, leaf: int) -> bool:
         """Whether a rule is to be applied to a parameter that has no gradient in this step."""

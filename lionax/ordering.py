@@ -5,6 +5,9 @@ momentum's buffer is donated it first copies it, lest the loop that overwrites i
 cure is to make the new momentum depend on the written parameter, by a zero that the compiler cannot see to be one: the bits
 of one element as an integer, bounded from above and below by 0, added to the bits of the old momentum. No bit of a result
 changes, and NaN does not spread. Elsewhere one loop writes both, and order would only hurt.
+
+LAMB's update is kept until its norm is known. Left to itself the compiler makes all updates first; so a leaf waits, by such a
+zero, for the one before it, and one update is kept at a time.
 """
 
 import jax
@@ -21,11 +24,11 @@ SMALLEST = 1 << 14  # elements; a smaller buffer is in the cache, and its copy c
 _INTEGERS = {1: jnp.int8, 2: jnp.int16, 4: jnp.int32, 8: jnp.int64}
 
 
-def worth_ordering(param: jax.Array) -> bool:
-    """Whether a parameter is being compiled, large, and not known to be spread over a mesh."""
-    if not isinstance(param, Tracer) or param.size < SMALLEST:
+def worth_ordering(array: jax.Array) -> bool:
+    """Whether an array is being compiled, large, and not known to be spread over a mesh."""
+    if not isinstance(array, Tracer) or array.size < SMALLEST:
         return False
-    return jax.typeof(param).sharding.mesh.empty and jax.sharding.get_abstract_mesh().empty
+    return jax.typeof(array).sharding.mesh.empty and jax.sharding.get_abstract_mesh().empty
 
 
 def zero_once_written(written: jax.Array) -> jax.Array:

@@ -68,7 +68,8 @@ def assert_close(actual, trace, call, tolerance, where):
         np.testing.assert_allclose(np.asarray(actual[leaf]), values, rtol=0, atol=atol, err_msg=f"{leaf}: {where}")
 
 
-@pytest.mark.parametrize("mode", ["jitted step", "jitted update", "step", "update"])
+@pytest.mark.parametrize("mode", ["jitted step", "jitted update", pytest.param("step", marks=pytest.mark.slow),
+                                  pytest.param("update", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", REPLAYED)
 def test_replay(name, mode):
     entry = OURS[name]

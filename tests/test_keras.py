@@ -93,8 +93,8 @@ def assert_close(actual, expected, name, where):
         np.testing.assert_allclose(np.asarray(actual[path]), value, rtol=0, atol=tolerance, err_msg=f"{path} {where}")
 
 
-@pytest.mark.parametrize("rate", [0.02, SCHEDULE], ids=["number", "schedule"])
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("rate", [pytest.param(0.02, marks=pytest.mark.slow), SCHEDULE], ids=["number", "schedule"])
+@pytest.mark.parametrize("run", [pytest.param(run, marks=() if run in ("exclusions", "all_at_once") else pytest.mark.slow) for run in RUNS])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_side_by_side_and_switched(name, run, rate):
     """The whole run beside Keras; one that begins in Keras at step 10; and Keras going on from lionax at step 18."""

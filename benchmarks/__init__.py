@@ -1,0 +1,1 @@
+"""What an optimizer step costs, beside the peers that are installed: ``python -m benchmarks``."""

@@ -1,0 +1,130 @@
+"""Times, taken in turns, and the best that the memory of the machine gives in the same run."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import lionax
+from benchmarks import peers, trees
+
+__all__ = ["Row", "bandwidth", "compile_rows", "eager_row", "growth", "in_turns", "many_small_row", "step_rows"]
+
+
+@dataclasses.dataclass
+class Row:
+    """What was measured of one contender."""
+
+    table: str
+    case: str
+    tree: str
+    contender: str
+    parameters: int
+    milliseconds: float
+    to_optax: float | None = None  # time ÷ Optax's time
+    of_limit: float | None = None  # fewest bytes ÷ bandwidth ÷ time
+    temporary_bytes: int | None = None
+    seconds_to_compile: float | None = None
+    lines: int | None = None  # of StableHLO
+
+
+def in_turns(runs: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+    """The median milliseconds of each; all take turns, so that what disturbs the machine disturbs all."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    for _ in range(repeats):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: 1e3 * statistics.median(values) for name, values in times.items()}
+
+
+def triad(size: int) -> Callable[[], None]:
+    """``a ← b + 2·c`` over arrays of so many float32: 12 bytes for each element."""
+    b, c = jnp.full(size, 1.0), jnp.full(size, 2.0)
+    step = jax.jit(lambda a, b, c: b + 2.0 * c, donate_argnums=0, keep_unused=True)
+    carry = [jnp.zeros(size)]
+
+    def run() -> None:
+        carry[0] = jax.block_until_ready(step(carry[0], b, c))
+
+    return run
+
+
+def bandwidth(size: int, repeats: int = 20) -> float:
+    """The best bytes per second of a triad over arrays of so many float32."""
+    run = triad(size)
+    run()
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - start)
+    return 12 * size / best
+
+
+def _rows(table: str, case: str, tree: str, parameters: int, built: Mapping[str, peers.Contender], times: Mapping[str, float],
+          limit_ms: float | None = None) -> Iterator[Row]:
+    for name, contender in built.items():
+        ratio = times[name] / times["Optax"] if "Optax" in times else None
+        yield Row(table, case, tree, name, parameters, times[name], ratio, limit_ms and limit_ms / times[name], contender.temporary_bytes,
+                  contender.seconds_to_compile, contender.lines)
+
+
+def step_rows(name: str, tree: str, shapes: Any, best: float, repeats: int) -> Iterator[Row]:
+    """A case of `peers.CASES` over a tree."""
+    case, parameters = peers.CASES[name], trees.elements(shapes)
+    built = {contender: build(shapes) for contender, build in case.available().items()}
+    times = in_turns({contender: one.run for contender, one in built.items()}, repeats)
+    limit = None if case.fewest_bytes is None else 1e3 * case.fewest_bytes * parameters / best
+    yield from _rows("step", name, tree, parameters, built, times, limit)
+
+
+def many_small_row(leaves: int, repeats: int) -> Iterator[Row]:
+    """A tree of many small leaves, dispatch included."""
+    shapes = trees.many_small(leaves)
+    built = {"lionax": peers.ours(lionax.lion(1e-3))(shapes), "Optax": peers.theirs(optax.lion(1e-3))(shapes)}
+    times = in_turns({name: one.run for name, one in built.items()}, repeats)
+    yield from _rows("small leaves", "lion", f"{leaves} leaves", trees.elements(shapes), built, times)
+
+
+def compile_rows(leaves: int) -> Iterator[Row]:
+    """Lowering and compiling LAMB; the milliseconds are those of compiling."""
+    shapes = {f"leaf_{i}": [(64, 64), (64,), (128, 64), (64, 128)][i % 4] for i in range(leaves)}
+    built = {"lionax": peers.ours(lionax.lamb(1e-3, weight_decay=0.01))(shapes),
+             "Optax": peers.theirs(optax.lamb(1e-3, weight_decay=0.01))(shapes)}
+    times = {name: 1e3 * (one.seconds_to_compile or 0.0) for name, one in built.items()}
+    yield from _rows("compile", "lamb", f"{leaves} leaves", trees.elements(shapes), built, times)
+
+
+def eager_row(repeats: int) -> Iterator[Row]:
+    """``update`` outside of jit, over a small tree."""
+    shapes = trees.gpt2(1, 32, 64, 16)
+    params, grads = trees.filled(shapes, 0.5), trees.filled(shapes, 1e-3)
+    for case, pair in {"lion": (lionax.lion(1e-3), optax.lion(1e-3)), "lamb": (lionax.lamb(1e-3), optax.lamb(1e-3))}.items():
+        runs = {name: _eager(tx, params, grads) for name, tx in zip(("lionax", "Optax"), pair, strict=True)}
+        times = in_turns(runs, repeats)
+        built = {name: peers.Contender(run) for name, run in runs.items()}
+        yield from _rows("eager", case, "one block", trees.elements(shapes), built, times)
+
+
+def _eager(tx: Any, params: Any, grads: Any) -> Callable[[], None]:
+    state = tx.init(params)
+    return lambda: jax.block_until_ready(tx.update(grads, state, params)[0])
+
+
+def growth(sizes: list[int], leaves: list[int], repeats: int) -> Iterator[Row]:
+    """Lion and LAMB over more parameters, in 16 leaves, and over more leaves, of 64 elements."""
+    for case, pair in {"lion": (lionax.lion(1e-3), optax.lion(1e-3)), "lamb": (lionax.lamb(1e-3), optax.lamb(1e-3))}.items():
+        for table, shapes in [*(("parameters", trees.of_size(size, 16)) for size in sizes),
+                              *(("leaves", trees.many_small(count)) for count in leaves)]:
+            built = {"lionax": peers.ours(pair[0])(shapes), "Optax": peers.theirs(pair[1])(shapes)}
+            times = in_turns({name: one.run for name, one in built.items()}, repeats)
+            yield from _rows(table, case, f"{len(shapes)} leaves", trees.elements(shapes), built, times)

@@ -1,0 +1,195 @@
+"""The steps that are compared: lionax's, and those of the peers that are installed.
+
+A contender is built for a tree of shapes and then runs one step at a time. All of them train with the same hyperparameters.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import lionax
+from benchmarks.trees import filled
+
+__all__ = ["CASES", "Case", "Contender", "compiled", "lionax_step", "optax_step"]
+
+RATE = 1e-3
+
+
+@dataclasses.dataclass
+class Contender:
+    """A step that is ready to run."""
+
+    run: Callable[[], None]  # one step, waited for
+    temporary_bytes: int | None = None  # beside parameters, state and gradients; None if not known
+    seconds_to_compile: float | None = None  # lowering and compiling
+    lines: int | None = None  # of StableHLO
+
+
+Build = Callable[[Any], Contender]  # from a tree of shapes
+
+
+def lionax_step(tx: lionax.Transformation) -> Callable[..., Any]:
+    """The step of lionax."""
+    return tx.step
+
+
+def optax_step(tx: optax.GradientTransformation) -> Callable[..., Any]:
+    """The step as users of Optax write it."""
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def compiled(step: Callable[..., Any], params: Any, state: Any, grads: Any, calls: int = 1) -> Contender:
+    """A jitted step whose parameters and state are donated."""
+    start = time.perf_counter()
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, grads)
+    program = lowered.compile()
+    seconds = time.perf_counter() - start
+    carry = [params, state]
+
+    def run() -> None:
+        for _ in range(calls):
+            carry[:] = program(*carry, grads)
+        jax.block_until_ready(carry)
+
+    memory = program.memory_analysis()
+    return Contender(run, None if memory is None else memory.temp_size_in_bytes, seconds, len(lowered.as_text().splitlines()))
+
+
+def of_jax(step: Callable[..., Any], init: Callable[..., Any], calls: int = 1) -> Build:
+    """A contender from a step and its ``init``."""
+
+    def build(shapes: Any) -> Contender:
+        params = filled(shapes, 0.5)
+        return compiled(step, params, init(params), filled(shapes, 1e-3), calls)
+
+    return build
+
+
+def ours(tx: lionax.Transformation, calls: int = 1) -> Build:
+    return of_jax(lionax_step(tx), tx.init, calls)
+
+
+def theirs(tx: optax.GradientTransformation) -> Build:
+    return of_jax(optax_step(tx), tx.init)
+
+
+def optax_averaged(tx: optax.GradientTransformation, every: int) -> Build:
+    """Accumulation and an average of the parameters as users of Optax write them."""
+    accumulating = optax.MultiSteps(tx, every)
+
+    def step(params, state, grads):
+        inner, average = state
+        updates, inner = accumulating.update(grads, inner, params)
+        params = optax.apply_updates(params, updates)
+        return params, (inner, optax.incremental_update(params, average, 0.01))
+
+    return of_jax(step, lambda params: (accumulating.init(params), jax.tree.map(jnp.copy, params)), every)
+
+
+def keras(name: str, **arguments: Any) -> Build:
+    """Keras 3 on its JAX backend: what its training step runs."""
+
+    def build(shapes: Any) -> Contender:
+        os.environ["KERAS_BACKEND"] = "jax"
+        import keras
+
+        variables = [keras.Variable(leaf) for leaf in jax.tree.leaves(filled(shapes, 0.5))]
+        optimizer = getattr(keras.optimizers, name)(RATE, **arguments)
+        optimizer.build(variables)
+
+        def step(params, state, grads):
+            return optimizer.stateless_apply(state, grads, params)
+
+        state = [jnp.copy(variable.value) for variable in optimizer.variables]
+        return compiled(step, [variable.value for variable in variables], state, jax.tree.leaves(filled(shapes, 1e-3)))
+
+    return build
+
+
+def torch(make: Callable[..., Any]) -> Build:
+    """An optimizer of PyTorch."""
+
+    def build(shapes: Any) -> Contender:
+        import torch
+
+        sizes = jax.tree.leaves(shapes, is_leaf=lambda node: isinstance(node, tuple))
+        params = [torch.nn.Parameter(torch.full(size, 0.5)) for size in sizes]
+        for param in params:
+            param.grad = torch.full_like(param, 1e-3)
+        return Contender(make(torch, params).step)
+
+    return build
+
+
+def lion_pytorch(torch: Any, params: Any) -> Any:
+    from lion_pytorch import Lion
+
+    return Lion(params, lr=RATE)
+
+
+def flash(name: str) -> Build:
+    """``flashoptim-jax``, whose kernels are for GPUs."""
+
+    def build(shapes: Any) -> Contender:
+        import flashoptim_jax
+
+        tx = getattr(flashoptim_jax, name)(learning_rate=RATE)
+        return of_jax(tx.step, tx.init)(shapes)
+
+    return build
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A row of the table."""
+
+    fewest_bytes: int | None  # that a step can move for each parameter; None if it depends on the call
+    why: str
+    contenders: dict[str, Build]
+
+    def available(self) -> dict[str, Build]:
+        """The contenders whose packages are there."""
+        needs = {"Keras 3": ("keras",), "PyTorch": ("torch",), "lion-pytorch": ("torch", "lion_pytorch"), "flashoptim": ("flashoptim_jax",)}
+        there = {name: build for name, build in self.contenders.items()
+                 if all(map(importlib.util.find_spec, needs.get(name.split(",")[0], ())))}
+        if jax.default_backend() != "gpu":
+            there.pop("flashoptim", None)
+        return there
+
+
+CASES: dict[str, Case] = {
+    "lion": Case(20, "reads gradient, parameter, momentum; writes parameter, momentum", {
+        "lionax": ours(lionax.lion(RATE)), "Optax": theirs(optax.lion(RATE)), "Keras 3": keras("Lion", weight_decay=1e-3),
+        "lion-pytorch": torch(lion_pytorch), "flashoptim": flash("flash_lion")}),
+    "clip_by_global_norm, lion": Case(24, "reads the gradient once more, for the norm", {
+        "lionax": ours(lionax.chain(lionax.clip_by_global_norm(1.0), lionax.lion(RATE))),
+        "Optax": theirs(optax.chain(optax.clip_by_global_norm(1.0), optax.lion(RATE))),
+        "Keras 3": keras("Lion", weight_decay=1e-3, global_clipnorm=1.0)}),
+    "lion, mu_dtype=bfloat16": Case(16, "as lion, with two bytes for the momentum", {
+        "lionax": ours(lionax.lion(RATE, mu_dtype="bfloat16")), "Optax": theirs(optax.lion(RATE, mu_dtype="bfloat16"))}),
+    "lamb": Case(40, "reads gradient, parameter and moments and writes the moments, while it sums; then reads parameter and moments "
+                 "again and writes the parameter", {
+        "lionax": ours(lionax.lamb(RATE)), "Optax": theirs(optax.lamb(RATE)), "Keras 3": keras("Lamb"),
+        "PyTorch, fused AdamW": torch(lambda t, params: t.optim.AdamW(params, lr=RATE, fused=True)),
+        "PyTorch, foreach AdamW": torch(lambda t, params: t.optim.AdamW(params, lr=RATE, foreach=True))}),
+    "sgd, momentum": Case(20, "reads gradient, parameter, momentum; writes parameter, momentum", {
+        "lionax": ours(lionax.sgd(RATE, 0.9)), "Optax": theirs(optax.sgd(RATE, 0.9)), "Keras 3": keras("SGD", momentum=0.9),
+        "PyTorch, fused SGD": torch(lambda t, params: t.optim.SGD(params, lr=RATE, momentum=0.9, fused=True)),
+        "PyTorch, foreach SGD": torch(lambda t, params: t.optim.SGD(params, lr=RATE, momentum=0.9, foreach=True)),
+        "flashoptim": flash("flash_sgd")}),
+    "lion, accumulation of 4, average": Case(None, "four calls", {
+        "lionax": ours(lionax.chain(lionax.accumulate(lionax.lion(RATE), 4), lionax.params_ema(0.99)), calls=4),
+        "Optax": optax_averaged(optax.lion(RATE), 4)}),
+}

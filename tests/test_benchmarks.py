@@ -1,0 +1,93 @@
+"""The benchmarks run; and, of the large trees, what the compiled programs must and must not hold."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import lionax
+from benchmarks import __main__ as command
+from benchmarks import measure, peers, trees
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """Optax and Keras mix dtypes."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def test_trees_have_the_sizes_that_are_told():
+    assert trees.elements(trees.gpt2()) == pytest.approx(98.1e6, rel=1e-3)
+    assert len(jax.tree.leaves(trees.gpt2(), is_leaf=lambda node: isinstance(node, tuple))) == 148
+    assert trees.elements(trees.vit()) == pytest.approx(22e6, rel=0.02)
+    assert trees.elements(trees.mlp()) == pytest.approx(33.6e6, rel=1e-2)
+
+
+def test_turns():
+    calls = []
+    times = measure.in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
+    assert calls == ["a", "b"] * 4
+    assert set(times) == {"a", "b"}
+
+
+def test_the_command_writes_a_table_pictures_and_json(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(trees.QUICK, "mlp", lambda: trees.mlp(1, 64))
+    command.main(["--quick", "--trees", "mlp", "--cases", "lion;lamb", "--steps-only", "--out", str(tmp_path)])
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert {(row["case"], row["contender"]) for row in record["rows"]} >= {
+        (case, name) for case in ("lion", "lamb") for name in ("lionax", "Optax", "Keras 3")}
+    assert all(row["milliseconds"] > 0 for row in record["rows"])
+    assert record["machine"]["versions"]["jax"] == jax.__version__
+    for picture in ("step.png", "limit.png", "memory.png"):
+        assert (tmp_path / picture).stat().st_size > 1000
+    assert "lionax" in capsys.readouterr().out
+
+
+def test_bad_options(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--trees", "oak"])
+    assert "--trees: oak: give some of gpt2" in capsys.readouterr().err
+
+
+def shapes_of(tree):
+    return jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), tree, is_leaf=lambda node: isinstance(node, tuple))
+
+
+# Loops that write an array as large as the leaf, for each large leaf: the parameter, the slots, and LAMB's update.
+STRUCTURE = {
+    "lion": (lambda: lionax.lion(1e-3), 2, 0), "clip": (lambda: lionax.chain(lionax.clip_by_global_norm(1.0), lionax.lion(1e-3)), 2, 0),
+    "bfloat16": (lambda: lionax.lion(1e-3, mu_dtype="bfloat16"), 2, 0), "lamb": (lambda: lionax.lamb(1e-3), 4, 2),
+    "sgd": (lambda: lionax.sgd(1e-3, 0.9), 2, 0),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STRUCTURE)
+def test_structure_of_the_compiled_step(name):
+    make, loops, sums = STRUCTURE[name]
+    tx, params = make(), shapes_of(trees.gpt2())
+    state = jax.eval_shape(tx.init, params)
+    program = jax.jit(tx.step, donate_argnums=(0, 1)).lower(params, state, params).compile()
+    memory, leaves = program.memory_analysis(), jax.tree.leaves(params)
+    largest = max(leaf.size for leaf in leaves)
+    assert memory.temp_size_in_bytes <= 4 * largest * (name == "lamb") + (1 << 20)
+    assert memory.alias_size_in_bytes >= 4 * sum(leaf.size for leaf in leaves)
+    text = program.as_text()
+    entry = text[text.index("\nENTRY"):]
+    # Copies of small leaves cost less than an order.
+    copies = [line for line in entry.splitlines() if re.search(r"= f32\[\d+,\d+\]\S* copy(-start)?\(", line)]
+    assert not copies
+    tokens = re.findall(r"= (?:f32|bf16)\[16000,768\]\S* (?:fusion|call)\(", entry)
+    assert len(tokens) == loops
+    reductions = len(re.findall(r" reduce\(", text))
+    if sums:
+        assert reductions <= 2 * sums * len(leaves)
+
+
+def test_cases_are_complete():
+    assert {"lion", "clip_by_global_norm, lion", "lion, mu_dtype=bfloat16", "lamb", "sgd, momentum"} <= set(peers.CASES)
+    for case in peers.CASES.values():
+        assert {"lionax", "Optax"} <= set(case.available())
