@@ -73,7 +73,7 @@ def test_structure_of_the_compiled_step(name):
     program = jax.jit(tx.step, donate_argnums=(0, 1)).lower(params, state, params).compile()
     memory, leaves = program.memory_analysis(), jax.tree.leaves(params)
     largest = max(leaf.size for leaf in leaves)
-    assert memory.temp_size_in_bytes <= 4 * largest * (name == "lamb") + (1 << 20)
+    assert memory.temp_size_in_bytes <= 4 * largest * (name == "lamb") + (2 << 20)
     assert memory.alias_size_in_bytes >= 4 * sum(leaf.size for leaf in leaves)
     text = program.as_text()
     entry = text[text.index("\nENTRY"):]
