@@ -1,6 +1,5 @@
 """Calls outside of ``jit``. Operation by operation, most of their time would go into dispatch; so they are compiled, once for each
-definition, and with the compiler kept from fusing, which would round products otherwise than operation by operation. The first
-call of a definition is not: who makes only one need not wait for the compiler.
+definition, and with the compiler kept from fusing, which would round products otherwise than operation by operation.
 
 What a user can see must stay: schedules and masks that are Python functions may do anything, and are not frozen in a trace. A
 schedule is called at every call, outside of the compiled program; whatever else is not data runs operation by operation.
@@ -49,18 +48,11 @@ class Program:
 
     def __call__(self, updates: Any, state: engine.State, params: Any, extra: dict[str, Any], write: bool) -> tuple[Any, engine.State]:
         """As `engine.run`."""
-        fit = self.data is not None and isinstance(state, engine.State) and _are_concrete((updates, state, params), extra)
-        if not fit or self._is_first(write):
+        if self.data is None or not isinstance(state, engine.State) or not _are_concrete((updates, state, params), extra):
             return engine.run(self._definition, updates, state, params, extra, write)
         values = [value_at(schedule, state.count, owner) for owner, schedule in self._schedules]
         on_cpu = next(iter(state.count.devices())).platform == "cpu"
         return compiled(self.data, write, on_cpu)(values, updates, state, params, extra)
-
-    def _is_first(self, write: bool) -> bool:
-        """Whether no equal definition was called before."""
-        calls = _calls(self.data, write)
-        calls[0] += 1
-        return calls[0] == 1
 
     def _without_schedules(self, value: Any) -> Any:
         """The definition as data; its schedules are set aside."""
@@ -115,12 +107,6 @@ def _filled(value: Any, values: list[Any]) -> Any:
     if isinstance(value, Definition):
         return _rebuilt(value, lambda field, held: _filled(held, values))
     return tuple(_filled(item, values) for item in value) if isinstance(value, tuple) else value
-
-
-@functools.lru_cache(maxsize=256)
-def _calls(data: Definition, write: bool) -> list[int]:
-    """How often a definition was called outside of ``jit``, as the one element."""
-    return [0]
 
 
 @functools.lru_cache(maxsize=256)
