@@ -151,12 +151,15 @@ REPLAYED = [name for name, entry in ENTRIES.items()
 REFUSED = [name for name, entry in ENTRIES.items() if entry["system"] in ("optax_lion", "torch_sgd") and not entry["file"]]
 
 
-@pytest.mark.parametrize("mode", ["step", "jitted step", "update", "jitted update"])
-@pytest.mark.parametrize("name", REPLAYED)
+def marks(name, mode):
+    """Optax's MultiSteps compiles again at each eager call."""
+    return pytest.mark.slow if "MultiSteps" in ENTRIES[name].get("wrapped_in", {}) and not mode.startswith("jitted") else ()
+
+
+@pytest.mark.parametrize(("name", "mode"), [pytest.param(name, mode, marks=marks(name, mode)) for name in REPLAYED
+                                            for mode in ("step", "jitted step", "update", "jitted update")])
 def test_replay(name, mode):
     entry = ENTRIES[name]
-    if "MultiSteps" in entry.get("wrapped_in", {}) and not mode.startswith("jitted"):
-        pytest.skip("compiles again at each eager call")
     with np.load(GOLDEN / entry["file"]) as recorded:
         trace = {key: recorded[key] for key in recorded.files}
     tx = SYSTEMS[entry["system"]](entry)
