@@ -17,7 +17,7 @@ __all__ = ["main"]
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="small trees and few repeats: ends in a minute or so")
+    parser.add_argument("--quick", action="store_true", help="small trees and few repeats")
     parser.add_argument("--trees", default=",".join(trees.TREES), help=f"some of {','.join(trees.TREES)}")
     parser.add_argument("--cases", default=None, help=f"some of {'; '.join(peers.CASES)}, with semicolons between")
     parser.add_argument("--steps-only", action="store_true", help="without compiling, eager calls, small leaves and growth")
@@ -57,11 +57,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _others(quick: bool) -> Iterator[tuple[str, Callable[[], Iterator[measure.Row]]]]:
-    yield "many small leaves", lambda: measure.many_small_row(200 if quick else 2000, 20)
-    yield "compiling", lambda: measure.compile_rows(60 if quick else 300)
+    yield "many small leaves", lambda: measure.many_small_row(100 if quick else 2000, 20)
+    yield "compiling", lambda: measure.compile_rows(20 if quick else 300)
     yield "eager", lambda: measure.eager_row(20)
-    sizes = [10**4, 10**5, 10**6] if quick else [10**5, 10**6, 10**7, 10**8]
-    yield "growth", lambda: measure.growth(sizes, [1, 10, 100] if quick else [1, 10, 100, 1000], 5)
+    sizes = [10**4, 10**6] if quick else [10**5, 10**6, 10**7, 10**8]
+    yield "growth", lambda: measure.growth(sizes, [1, 30] if quick else [1, 10, 100, 1000], 5)
 
 
 if __name__ == "__main__":
