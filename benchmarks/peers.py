@@ -17,7 +17,7 @@ import optax
 import lionax
 from benchmarks.trees import filled
 
-__all__ = ["CASES", "Case", "Contender", "compiled", "lionax_step", "optax_step"]
+__all__ = ["CASES", "Case", "Contender", "compiled", "optax_step"]
 
 RATE = 1e-3
 
@@ -33,11 +33,6 @@ class Contender:
 
 
 Build = Callable[[Any], Contender]  # from a tree of shapes
-
-
-def lionax_step(tx: lionax.Transformation) -> Callable[..., Any]:
-    """The step of lionax."""
-    return tx.step
 
 
 def optax_step(tx: optax.GradientTransformation) -> Callable[..., Any]:
@@ -78,7 +73,7 @@ def of_jax(step: Callable[..., Any], init: Callable[..., Any], calls: int = 1) -
 
 
 def ours(tx: lionax.Transformation, calls: int = 1) -> Build:
-    return of_jax(lionax_step(tx), tx.init, calls)
+    return of_jax(tx.step, tx.init, calls)
 
 
 def theirs(tx: optax.GradientTransformation) -> Build:

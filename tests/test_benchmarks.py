@@ -6,17 +6,13 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+import test_optax
 
 import lionax
 from benchmarks import __main__ as command
 from benchmarks import measure, peers, trees
 
-
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """Optax and Keras mix dtypes."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+standard_promotion = test_optax.standard_promotion  # Optax and Keras mix dtypes
 
 
 def test_trees_have_the_sizes_that_are_told():

@@ -68,6 +68,15 @@ def assert_close(actual, trace, call, tolerance, where):
         np.testing.assert_allclose(np.asarray(actual[leaf]), values, rtol=0, atol=atol, err_msg=f"{leaf}: {where}")
 
 
+def inputs(entry, trace, call, state):
+    """The state and the gradients with which a recorded call was made."""
+    absent = entry.get("none_gradient", {}).get(str(call), [])
+    grads = {leaf: None if leaf in absent else jnp.asarray(values) for leaf, values in split(trace["grad"][call]).items()}
+    if call == entry.get("lr_assign", {}).get("before_call"):
+        state = lionax.set_hyperparams(state, learning_rate=entry["lr_assign"]["value"])
+    return state, grads
+
+
 @pytest.mark.parametrize("mode", ["jitted step", "jitted update", pytest.param("step", marks=pytest.mark.slow),
                                   pytest.param("update", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", REPLAYED)
@@ -86,11 +95,7 @@ def test_replay(name, mode):
     step = jax.jit(step) if mode.startswith("jitted") else step
     state = tx.init(params)
     for call in range(CONFIG["steps"]):
-        absent = entry.get("none_gradient", {}).get(str(call), [])
-        grads = {leaf: None if leaf in absent else jnp.asarray(values) for leaf, values in split(trace["grad"][call]).items()}
-        if call == entry.get("lr_assign", {}).get("before_call"):
-            state = lionax.set_hyperparams(state, learning_rate=entry["lr_assign"]["value"])
-        params, state = step(params, state, grads)
+        params, state = step(params, *inputs(entry, trace, call, state))
         assert_close(params, trace["param"], call, tolerance, f"after call {call}")
         for key in entry.get("slots", []):
             if f"slot/{key}" in trace and not (key == "momentum" and "sgd" in name and not entry["ctor"].get("momentum")):

@@ -8,6 +8,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from test_optax import optax_step
 
 import lionax
 from lionax.ordering import SMALLEST
@@ -34,12 +35,8 @@ def compiled(tx, params=PARAMS, **options):
 
 
 def compiled_optax(tx):
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
     with jax.numpy_dtype_promotion("standard"):
-        return jax.jit(step, donate_argnums=(0, 1)).lower(PARAMS, tx.init(PARAMS), PARAMS).compile()
+        return jax.jit(optax_step(tx), donate_argnums=(0, 1)).lower(PARAMS, tx.init(PARAMS), PARAMS).compile()
 
 
 @pytest.mark.parametrize("name", ["lion", "bfloat16", "masked", "clip", "average"])
@@ -61,13 +58,8 @@ def test_one_update_is_kept_at_a_time(name):
 @pytest.mark.parametrize("name", TXS)
 def test_no_bit_is_changed(name):
     tx = TXS[name]()
-
-    def two_calls(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
     a = b = PARAMS, tx.init(PARAMS)
-    one, two = jax.jit(tx.step), jax.jit(two_calls)
+    one, two = jax.jit(tx.step), jax.jit(optax_step(tx))
     for t in range(5):
         grads = cases.gradients(PARAMS, t)
         a, b = one(*a, grads), two(*b, grads)

@@ -7,8 +7,9 @@ import optax
 import pytest
 import test_compat
 from cases import TREES, assert_equal, gradients
-from test_compat import OURS, REPLAYED, assert_close, make
+from test_compat import OURS, REPLAYED, assert_close, inputs, make
 from test_golden import CONFIG, GOLDEN, SHAPES, split
+from test_optax import optax_step
 
 import lionax
 from lionax.compat import dtensor, from_optax, from_weights, keras2, keras3, keras_schedules, tf_models, to_optax, to_weights
@@ -66,11 +67,7 @@ def test_a_recorded_run_goes_on(name, form):
         return
     step = jax.jit(tx.step)
     for call in range(SWITCH, CONFIG["steps"]):
-        absent = entry.get("none_gradient", {}).get(str(call), [])
-        grads = {leaf: None if leaf in absent else jnp.asarray(values) for leaf, values in split(trace["grad"][call]).items()}
-        if call == entry.get("lr_assign", {}).get("before_call"):
-            state = lionax.set_hyperparams(state, learning_rate=entry["lr_assign"]["value"])
-        params, state = step(params, state, grads)
+        params, state = step(params, *inputs(entry, trace, call, state))
         assert_close(params, trace["param"], call, tolerance, f"after call {call}")
     expected = recorded_weights(entry, trace, CONFIG["steps"] - 1)
     for (key, value), back in zip(expected.items(), to_weights(tx, state, order), strict=True):
@@ -151,12 +148,7 @@ def test_a_run_of_optax_goes_on_and_comes_back(name, rate):
         ours = lionax.lion(rate, mu_dtype=jnp.bfloat16)
     alone, alone_state = params, theirs.init(params)
 
-    @jax.jit
-    def optax_step(params, state, grads):
-        updates, state = theirs.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    step = jax.jit(ours.step)
+    step, their_step = jax.jit(ours.step), jax.jit(optax_step(theirs))
     state = theirs.init(params)
     for call in range(25):
         if call == 10:
@@ -166,8 +158,8 @@ def test_a_run_of_optax_goes_on_and_comes_back(name, rate):
             state = to_optax(state, theirs.init(params))
             assert jax.tree.structure(state) == jax.tree.structure(alone_state)
         grads = gradients(params, call)
-        params, state = (step if 10 <= call < 18 else optax_step)(params, state, grads)
-        alone, alone_state = optax_step(alone, alone_state, grads)
+        params, state = (step if 10 <= call < 18 else their_step)(params, state, grads)
+        alone, alone_state = their_step(alone, alone_state, grads)
         if name == "lion_bfloat16":  # Optax rounds products to bfloat16, so that the trajectories part
             continue
         assert_equal(params, alone, rtol)

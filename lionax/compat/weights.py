@@ -191,12 +191,7 @@ def to_weights(tx: Transformation, state: State, variables: Sequence[str] | Mapp
     weights = [np.asarray(state.count)] * form.count + [_rate(state)] * form.rate
     if not form.slots:
         return weights
-    trees = {}
-    for node in jax.tree.leaves(state, is_leaf=_is_known):
-        if isinstance(node, AccumulateState):
-            trees["gradient_accumulator"] = node.gradients
-            trees |= {name: tree for inner in jax.tree.leaves(node.inner, is_leaf=_is_known) for name, tree in _read(inner).items()}
-        trees |= _read(node)
+    trees = _slots(state)
     known = _Variables.of(trees[form.slots[0]], variables, owner)
     known.check_order(owner)
     values = {slot: _by_path(trees[slot]) for slot in form.slots}
@@ -223,8 +218,14 @@ def _is_known(node: Any) -> bool:
     return isinstance(node, AccumulateState) or type(node) in _SLOTS
 
 
-def _read(node: Any) -> dict[str, Any]:
-    return {name: getattr(node, field) for field, name in _SLOTS.get(type(node), {}).items()}
+def _slots(state: Any) -> dict[str, Any]:
+    """The trees of all slots in a state."""
+    trees = {}
+    for node in jax.tree.leaves(state, is_leaf=_is_known):
+        if isinstance(node, AccumulateState):
+            trees |= {"gradient_accumulator": node.gradients, **_slots(node.inner)}
+        trees |= {name: getattr(node, field) for field, name in _SLOTS.get(type(node), {}).items()}
+    return trees
 
 
 def _filled(state: State, found: Mapping[tuple[str, str], Any], count: int, window: int) -> State:
@@ -242,8 +243,9 @@ def _filled(state: State, found: Mapping[tuple[str, str], Any], count: int, wind
             return node._replace(calls=storage.in_place_of(part, node.calls), weight=storage.in_place_of(part, node.weight),
                                  gradients=tree("gradient_accumulator", node.gradients),
                                  inner=_filled(node.inner, found, count // window, 1))
-        return node._replace(**{field: tree(slot, getattr(node, field)) for field, slot in _SLOTS[type(node)].items()}) if (
-            type(node) in _SLOTS) else node
+        if type(node) in _SLOTS:
+            return node._replace(**{field: tree(slot, getattr(node, field)) for field, slot in _SLOTS[type(node)].items()})
+        return node
 
     return state._replace(count=storage.in_place_of(count, state.count), rules=jax.tree.map(fill, state.rules, is_leaf=_is_known))
 
