@@ -1,6 +1,7 @@
 """Gradient accumulation: one step for several micro-batches."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ import optax
 from lionax import engine, norms, storage
 from lionax.combining import definition_of
 from lionax.hyperparameters import check_count
-from lionax.layout import TreeWide, present
+from lionax.layout import Gate, Way, present
 from lionax.masks import is_placeholder
 from lionax.rule import Definition
 from lionax.transformation import Transformation, constructor
@@ -29,8 +30,10 @@ class AccumulateState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Accumulate(TreeWide):
+class Accumulate(Gate):
     """The definition of `accumulate`."""
+
+    arguments = ("weight", "flush")
 
     part: Definition
     every: int
@@ -42,44 +45,32 @@ class Accumulate(TreeWide):
     def name(self) -> str:
         return "accumulate"
 
-    @property
-    def branch(self) -> Definition:
-        return self.part
-
     def init(self, params: Any) -> AccumulateState:
         sums = jax.tree.map(lambda p: storage.zeros(p, storage.accumulator(p, None)), params)
         return AccumulateState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32), sums, jnp.zeros((), jnp.int32),
                                engine.init(self.part, params))
 
-    def update(self, updates: Any, state: AccumulateState, params: Any = None, *, weight: Any = 1.0, flush: Any = False,
-               **extra: Any) -> tuple[Any, AccumulateState]:
-        weight = jnp.asarray(weight, jnp.float32)
+    def open(self, updates: Any, state: AccumulateState, extra: Mapping[str, Any]) -> tuple[jax.Array, AccumulateState, list[Way]]:
+        weight, flush = jnp.asarray(extra.get("weight", 1.0), jnp.float32), jnp.asarray(extra.get("flush", False), bool)
         total = state.weight + weight
 
-        def each(function, *trees):
-            """Over the leaves that have a gradient in this call."""
-            return jax.tree.map(lambda u, *rest: u if is_placeholder(u) or storage.is_float0(u) else function(u, *rest),
-                                updates, *trees, is_leaf=is_placeholder)
+        due = jnp.logical_or(state.calls + 1 >= self.every, flush)
+        # The sum becomes the mean where it lies, so that what runs on the mean finds it in memory.
+        divisor = jnp.where(jnp.logical_and(due, total != 0), total, 1.0)
 
-        sums = each(lambda u, s: s + u.astype(s.dtype) * weight.astype(s.dtype), state.gradients)
+        def added(u, s):
+            return s if is_placeholder(u) else (s + u.astype(s.dtype) * weight.astype(s.dtype)) / divisor.astype(s.dtype)
 
-        def hand_on():
-            mean = each(lambda u, s: s / jnp.where(total == 0, 1.0, total).astype(s.dtype), sums)
-            finite = norms.all_finite(present(mean))
-            new, inner = engine.run_if(finite, self.part, mean, state.inner, params, extra)
-            dropped = state.dropped + jnp.logical_not(finite).astype(jnp.int32)
-            return new, keep(engine.no_update(sums), 0, 0.0, dropped, inner)
+        def mean(state):
+            return jax.tree.map(lambda u, s: u if is_placeholder(u) else s, updates, state.gradients, is_leaf=is_placeholder)
 
-        def add_only():
-            return engine.no_update(sums), keep(sums, state.calls + 1, total, state.dropped, state.inner)
-
-        def keep(new, calls, weight, dropped, inner):
-            left = jax.tree.map(lambda old, s: old if is_placeholder(s) or storage.is_float0(s) else s, state.gradients, new,
-                                is_leaf=is_placeholder)
-            return AccumulateState(jnp.asarray(calls, jnp.int32), jnp.asarray(weight, jnp.float32), left, dropped, inner)
-
-        due = jnp.logical_or(state.calls + 1 >= self.every, jnp.asarray(flush, bool))
-        return jax.lax.cond(due, hand_on, add_only)
+        new = state._replace(gradients=jax.tree.map(added, updates, state.gradients, is_leaf=is_placeholder))
+        finite = jax.lax.cond(due, lambda: norms.all_finite(present(mean(new))), lambda: jnp.ones((), bool))
+        new_window = {"calls": jnp.zeros_like(state.calls), "weight": jnp.zeros_like(total)}
+        ways = [Way(changes={"calls": state.calls + 1, "weight": total}),
+                Way(mean, runs=True, changes=new_window, emptied="gradients"),
+                Way(changes={**new_window, "dropped": state.dropped + 1}, emptied="gradients")]
+        return jnp.where(due, jnp.where(finite, 1, 2), 0), new, ways
 
 
 @constructor

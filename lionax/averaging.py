@@ -34,6 +34,10 @@ class ParamsEma(Rule):
         return True
 
     @property
+    def changes_update(self) -> bool:
+        return self.overwrite_every is not None
+
+    @property
     def acts_without_gradient(self) -> bool:
         return self.idle_leaves
 

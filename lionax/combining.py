@@ -30,7 +30,8 @@ class Foreign(TreeWide):
     def init(self, params: Any) -> Any:
         return self.tx.init(params)
 
-    def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+    def update(self, updates: Any, state: Any, params: Any, extra: Mapping[str, Any]) -> tuple[Any, Any]:
+        """The new updates and the new state."""
         return optax.with_extra_args_support(self.tx).update(updates, state, params, **extra)
 
 

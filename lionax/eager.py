@@ -15,7 +15,7 @@ from jax.core import Tracer
 
 from lionax import engine
 from lionax.hyperparameters import Injected, value_at
-from lionax.layout import TreeWide
+from lionax.layout import Gate, TreeWide
 from lionax.masks import PathMask, PathTree
 from lionax.rule import Definition
 
@@ -56,8 +56,8 @@ class Program:
 
     def _without_schedules(self, value: Any) -> Any:
         """The definition as data; its schedules are set aside."""
-        if isinstance(value, TreeWide) and (value.branch is None or Program(value.branch)._schedules):
-            raise _NotData  # schedules in a branch are called by a compiled program, with a count of its own
+        if isinstance(value, TreeWide) and (not isinstance(value, Gate) or Program(value.part)._schedules):
+            raise _NotData  # schedules behind a gate are called by a compiled program, with a count of its own
         if isinstance(value, Definition) and type(value).__module__.split(".")[0] == "lionax":
             return _rebuilt(value, lambda field, held: self._hole(value, held) if "scalar" in field.metadata else
                             self._without_schedules(held))

@@ -7,9 +7,9 @@ norm over the tree, that norm is taken.
 Whatever is not math of one array happens here: missing leaves, casts, hyperparameters, checks with the leaf's name.
 """
 
+import copy
 import dataclasses
 import functools
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,12 +20,13 @@ import optax
 from jax.core import Tracer
 
 from lionax import norms, ordering, storage
-from lionax.hyperparameters import Hyperparameter, Injected, value_at
-from lionax.layout import Layout, Leaves, Stage, gap, sweeps
+from lionax.hyperparameters import Hyperparameter
+from lionax.layout import Gate, Layout, Leaves, Stage, Way, gap, sweeps
 from lionax.masks import is_placeholder
 from lionax.rule import Definition, Rule, Step
+from lionax.settings import Settings
 
-__all__ = ["State", "init", "no_update", "run", "run_if"]
+__all__ = ["State", "init", "no_update", "run"]
 
 
 class State(NamedTuple):
@@ -47,7 +48,7 @@ def init(definition: Definition, params: Any) -> State:
     layout = Layout.of(definition, leaves)
     count = jnp.zeros((), jnp.int32)
     slots = [_init_stage(stage, leaves) for stage in layout.stages]
-    return State(count, _Settings(layout.stages, count, None).record(), layout.pack(iter(slots)))
+    return State(count, Settings(layout.stages, count, None).record(), layout.pack(iter(slots)))
 
 
 def _init_stage(stage: Stage, leaves: Leaves) -> Any:
@@ -81,28 +82,15 @@ def run(definition: Definition, updates: Any, state: State, params: Any, extra: 
     Returns:
       The updates, in the gradients' dtypes, or the new parameters, in their own; and the new state.
     """
-    if not isinstance(state, State):
-        raise TypeError(f"the state is a {type(state).__name__}, not a lionax State; make it with tx.init(params)")
     grads = Leaves.of(updates, params)
     old = None if params is None else Leaves.of(params, params)
     if old is not None:
         _check_structures(grads, old)
-    layout = Layout.of(definition, grads)
-    passage = _Passage(layout, grads, old, state, extra)
-    *first, last = sweeps(passage.program) or [[]]
-    for group in first:
-        passage.sweep(group)
-    passage.sweep(last, write=write)
-    out = passage.written if write else passage.in_dtype_of_gradients()
-    new = State(jnp.asarray(optax.safe_increment(state.count)), passage.settings.record(), layout.pack(iter(passage.states)))
-    return grads.treedef.unflatten(out), new
-
-
-def run_if(predicate: jax.Array, definition: Definition, updates: Any, state: State, params: Any,
-           extra: dict[str, Any]) -> tuple[Any, State]:
-    """`run` where the predicate holds; else updates of zero and the state as it is. The one not taken costs nothing."""
-    return jax.lax.cond(predicate, lambda: run(definition, updates, state, params, extra, write=False),
-                        lambda: (no_update(updates), state))
+    part = _Part(Layout.of(definition, grads), state, extra)
+    passage = _Passage(grads, old)
+    passage.insert(0, part, state)
+    out = passage.run(0, write)
+    return grads.treedef.unflatten(out), part.state(passage.states)
 
 
 def no_update(updates: Any) -> Any:
@@ -111,21 +99,69 @@ def no_update(updates: Any) -> Any:
     return jax.tree.map(lambda u: jnp.where(jnp.zeros((), bool), u, jnp.zeros_like(u)), updates)
 
 
-class _Passage:
-    """The updates on their way through the sweeps of one step, and the states that have been renewed."""
+class _Part:
+    """A definition at work in one step, with a count, settings and extra arguments of its own: the whole, or what is behind a gate."""
 
-    def __init__(self, layout: Layout, grads: Leaves, params: Leaves | None, state: State, extra: dict[str, Any]):
-        self.grads, self.params, self.count, self.extra = grads, params, state.count, extra
-        self.program = layout.stages
-        self.settings = _Settings(self.program, state.count, state.hyperparameters)
-        self.states = layout.unpack(state.rules)
-        self.updates = list(grads.values)
+    def __init__(self, layout: Layout, state: State, extra: dict[str, Any]):
+        if not isinstance(state, State):
+            raise TypeError(f"the state is a {type(state).__name__}, not a lionax State; make it with tx.init(params)")
+        self.layout, self.stages, self.count, self.extra = layout, layout.stages, state.count, extra
+        self.settings = Settings(self.stages, state.count, state.hyperparameters)
+
+    def state(self, states: Sequence[Any]) -> State:
+        """The new state, from those of the stages."""
+        return State(jnp.asarray(optax.safe_increment(self.count)), self.settings.record(), self.layout.pack(iter(states)))
+
+
+class _Passage:
+    """The updates on their way through the stages of one step, and the states that have been renewed."""
+
+    def __init__(self, grads: Leaves, params: Leaves | None):
         values = [None] * len(grads.values) if params is None else params.values
+        self.grads, self.params = grads, params
         self.param = values  # for each leaf, or None
-        self.functions: dict[Any, Callable[..., tuple[jax.Array, Any]]] = {}
+        self.updates = list(grads.values)
         self.written: list[Any] = [None] * len(values)  # the new parameters, if they are asked for
         self.dtypes: list[Any] = [storage.compute_dtype(*(x for x in (g, p) if x is not None)) if present else None
-                       for g, p, present in zip(grads.values, values, grads.present, strict=True)]
+                                  for g, p, present in zip(grads.values, values, grads.present, strict=True)]
+        self.program: list[Stage] = []
+        self.owners: list[tuple[_Part, int]] = []  # for each stage its part, and its index there
+        self.states: list[Any] = []  # of each stage
+        self.gate: _Part | None = None  # what holds the gate that was passed last
+        self.settled: list[int | None] = [None] * len(values)  # behind a gate: after which stage a leaf's update is final
+        self.rules: dict[Any, Rule] = {}
+        self.functions: dict[Any, Callable[..., tuple[jax.Array, Any]]] = {}
+
+    def insert(self, at: int, part: _Part, state: State) -> None:
+        """Puts the stages of a part into the program."""
+        self.program[at:at] = part.stages
+        self.owners[at:at] = [(part, index) for index in range(len(part.stages))]
+        self.states[at:at] = part.layout.unpack(state.rules)
+
+    def fork(self, gate: int, params: list[Any], later: list[Any]) -> "_Passage":
+        """A passage for a branch of the compiled program, which goes on where the stage ``gate`` was."""
+        new = copy.copy(self)
+        new.param, new.params = params, None if self.params is None else dataclasses.replace(self.params, values=params)
+        new.program = [*self.program[:gate], *self.program[gate + 1:]]
+        new.owners = [*self.owners[:gate], *self.owners[gate + 1:]]
+        new.states = [*self.states[:gate], *later]
+        new.updates, new.written, new.dtypes = list(self.updates), list(self.written), list(self.dtypes)
+        new.gate = self.owners[gate][0]
+        new.rules, new.functions = {}, {}  # their values belong to a branch
+        return new
+
+    def run(self, start: int, write: bool) -> list[Any]:
+        """Carries the updates through the stages from ``start`` on; returns them, or the new parameters."""
+        groups = sweeps(self.program, start)
+        if self.gate is not None:
+            self.settled = self._last_changes(start)
+        for group in groups:
+            if isinstance(self.program[group[0]].rule, Gate):
+                return self._through_gate(group[0], write)
+            self.sweep(group, write and group is groups[-1])
+        if write and not groups:
+            self._write()
+        return self.written if write else self.in_dtype_of_gradients()
 
     def in_dtype_of_gradients(self) -> list[Any]:
         """The updates as the caller, or a tree-wide definition, is to see them."""
@@ -134,11 +170,10 @@ class _Passage:
 
     def sweep(self, group: list[int], write: bool = False) -> None:
         """Carries every leaf through the stages with these indices, and may add the updates to the parameters then."""
-        if not group or self.program[group[0]].tree_wide:
-            if group:
-                self._tree_wide(group[0])
+        if self.program[group[0]].tree_wide:
+            self._foreign(group[0])
             if write:
-                self.written = [storage.add(p, u) for p, u in zip(self.param, self.updates, strict=True)]
+                self._write()
             return
         shared = self._tree_norms(group[0])
         slots = {i: self._columns(i) for i in group}
@@ -161,6 +196,9 @@ class _Passage:
                 rows = zip(*slots[i], strict=True) if slots[i] else ([] for _ in self.states[i])
                 self.states[i] = type(self.states[i])(*map(self.grads.treedef.unflatten, rows))
 
+    def _write(self) -> None:
+        self.written = [storage.add(p, u) for p, u in zip(self.param, self.updates, strict=True)]
+
     def _columns(self, i: int) -> list[Any]:
         """From a rule's NamedTuple of trees to one for each leaf."""
         state = self.states[i]
@@ -182,7 +220,14 @@ class _Passage:
         if param is not None:
             _refuse_dtype(rule, param, f"the parameter {path!r}")
             param = param.astype(dtype)
-        return self.settings.rule(i, dtype), self.updates[leaf].astype(dtype), param
+        return self._resolved(i, dtype), self.updates[leaf].astype(dtype), param
+
+    def _resolved(self, i: int, dtype: np.dtype) -> Rule:
+        """The rule of a stage with its scalars as numbers for arithmetic in ``dtype``."""
+        if (i, dtype) not in self.rules:
+            part, index = self.owners[i]
+            self.rules[i, dtype] = part.settings.rule(index, dtype)
+        return self.rules[i, dtype]
 
     def _tree_norms(self, i: int) -> tuple[jax.Array, ...]:
         """The norms over all leaves that a stage asks for."""
@@ -247,6 +292,7 @@ class _Passage:
             raise ValueError(f"{rule.name}: the gradient of {self.grads.paths[leaf]!r} has shape {update.shape}, its state "
                              f"{shapes}; they do not fit")
         self.updates[leaf], slots = self._function(i, rule, update)(update, stored, param, tree_norms)
+        self._settle(i, leaf)
         return slots
 
     def _function(self, i: int, rule: Rule, update: jax.Array) -> Callable[..., tuple[jax.Array, Any]]:
@@ -259,7 +305,7 @@ class _Passage:
                 if rule.scope == "leaf":
                     measured = tuple(norms.joint_norm([array]) for array in rule.measure(update, param))
                 loaded = jax.tree.map(lambda slot: storage.load(slot, update.dtype), stored)
-                update, slots = rule.apply(update, loaded, param, Step(self.count, measured))
+                update, slots = rule.apply(update, loaded, param, Step(self.owners[i][0].count, measured))
                 return update, jax.tree.map(storage.store, slots, stored)
 
             self.functions[key] = jax.jit(function) if isinstance(update, Tracer) else function
@@ -280,86 +326,88 @@ class _Passage:
             self.updates[leaf], self.dtypes[leaf] = None, None
         return slots
 
-    def _tree_wide(self, i: int) -> None:
-        """Runs a definition that sees all leaves at once."""
-        stage, leaves = self.program[i], self.grads
-        params = None if self.params is None else self.params.only(stage.active)
-        seen = dataclasses.replace(leaves, values=self.in_dtype_of_gradients()).only(stage.active)
-        new, self.states[i] = stage.rule.update(seen, self.states[i], params, **self.extra)
-        active = stage.active
-        for leaf, value in enumerate(leaves.treedef.flatten_up_to(new)):
-            if active[leaf]:
+    def _last_changes(self, start: int) -> list[int | None]:
+        """For each leaf the last of the stages that changes its update."""
+        last: list[int | None] = [None] * len(self.updates)
+        for i in range(start, len(self.program)):
+            if self.program[i].tree_wide or self.program[i].rule.changes_update:
+                last = [i if active else before for active, before in zip(self.program[i].active, last, strict=True)]
+        return last
+
+    def _settle(self, i: int, leaf: int) -> None:
+        """Rounds an update that is final, behind a gate.
+
+        There `update` ends with a branch, whose result is rounded; a parameter that is written in it is to be the same.
+        """
+        if self.gate is not None and self.settled[leaf] == i:
+            self.updates[leaf] = ordering.rounded(self.updates[leaf], self.gate.count)
+
+    def replace_updates(self, stage: Stage, tree: Any) -> None:
+        """Goes on with the updates of a tree, on the leaves on which a stage acts."""
+        for leaf, (value, active) in enumerate(zip(self.grads.treedef.flatten_up_to(tree), stage.active, strict=True)):
+            if active:
                 self.updates[leaf] = value
 
+    def _foreign(self, i: int) -> None:
+        """Runs an Optax transformation."""
+        stage, part = self.program[i], self.owners[i][0]
+        params = None if self.params is None else self.params.only(stage.active)
+        seen = dataclasses.replace(self.grads, values=self.in_dtype_of_gradients()).only(stage.active)
+        new, self.states[i] = stage.rule.update(seen, self.states[i], params, part.extra)
+        self.replace_updates(stage, new)
+        for leaf in range(len(self.updates)):
+            self._settle(i, leaf)
 
-class _Settings:
-    """The values of all hyperparameters at one step, and the rules with these in place."""
+    def _through_gate(self, i: int, write: bool) -> list[Any]:
+        """Goes on to the end, by the way that a gate chooses; all that comes after the gate is part of each way."""
+        gate, extra = self.program[i], self.owners[i][0].extra
+        own = {name: value for name, value in extra.items() if name in gate.rule.arguments}
+        others = {name: value for name, value in extra.items() if name not in own}
+        arrived = dataclasses.replace(self.grads, values=self.updates).only(gate.active)
+        choice, state, ways = gate.rule.open(arrived, self.states[i], own)
 
-    def __init__(self, program: Sequence[Stage], count: jax.Array, held: dict[str, Hyperparameter] | None):
-        self._program, self._held, self._resolved = program, held, {}
-        self._names = _recorded(program)
-        if held is not None and set(held) != set(self._names.values()):
-            raise ValueError(f"the state holds the hyperparameters {sorted(held)}, the transformation has "
-                             f"{sorted(self._names.values())}: the state was made by another transformation")
-        self._values = {(i, field): value_at(value, count, stage.rule.name)
-                        for i, stage in enumerate(program) for field, value in _scalars(stage)}
+        def take(way: Way, params: list[Any], states: list[Any]) -> tuple[list[Any], list[Any]]:
+            passage, state, end = self.fork(i, params, states[1:]), states[0], i
+            passage.replace_updates(gate, no_update(arrived) if way.updates is None else way.updates(state))
+            part = passage.part_behind(gate, state.inner, others) if way.runs else None
+            if part is not None:
+                passage.insert(i, part, state.inner)
+                end += len(part.stages)
+            out = [None if storage.is_float0(value) else value for value in passage.run(i, write)]
+            if part is not None:
+                state = state._replace(inner=part.state(passage.states[i:end]))
+            if way.emptied is not None:
+                zeros = passage.emptied(getattr(state, way.emptied), gate, range(i, end), out)
+                state = state._replace(**{way.emptied: zeros})
+            return out, [state._replace(**way.changes), *passage.states[end:]]
 
-    def rule(self, i: int, dtype: np.dtype) -> Rule:
-        """The rule of a stage with its scalars as numbers for arithmetic in ``dtype``."""
-        if (i, dtype) not in self._resolved:
-            rule = self._program[i].rule
-            # Past the constructor: it checks what a user wrote, and would make Python numbers of these.
-            resolved = object.__new__(type(rule))
-            resolved.__dict__.update(rule.__dict__, **{f: self._value(i, f, dtype) for f, _ in _scalars(self._program[i])})
-            self._resolved[i, dtype] = resolved
-        return self._resolved[i, dtype]
+        out, states = self.param, [state, *self.states[i + 1:]]
+        if write:
+            # Of a branch beside one that changes nothing, the compiler writes the results in place; of others it would copy them.
+            for index, way in enumerate(ways):
+                out, states = jax.lax.cond(choice == index, functools.partial(take, way), lambda *same: same, out, states)
+        else:
+            out, states = jax.lax.switch(choice, [functools.partial(take, way) for way in ways], out, states)
+        self.states[i:] = states
+        return [old if new is None else new for old, new in zip(self.param if write else self.updates, out, strict=True)]
 
-    def _value(self, i: int, field: str, dtype: np.dtype) -> Any:
-        value = self._values[i, field]
-        value = jnp.asarray(value).astype(dtype) if hasattr(value, "dtype") else value
-        name = self._names.get((i, field))
-        if name is None or self._held is None:
-            return value
-        held = self._held[name]
-        if not isinstance(held, Hyperparameter):
-            raise TypeError(f"the hyperparameter {name!r} in the state is {held!r}; assign it with lionax.set_hyperparams(state, ...)")
-        return jnp.where(held.overridden, held.value.astype(dtype), jnp.asarray(value, dtype))
+    def part_behind(self, gate: Stage, state: State, extra: dict[str, Any]) -> _Part:
+        """What a gate runs."""
+        params = None if self.params is None else self.params.only(gate.active)
+        leaves = Leaves.of(self.grads.only(gate.active), params)
+        return _Part(Layout.of(gate.rule.part, leaves, gate.active), state, extra)
 
-    def record(self) -> dict[str, Hyperparameter]:
-        """What the state is to hold after this step, or, without a state, at the beginning."""
-        new = {}
-        for (i, field), name in self._names.items():
-            # A copy: a schedule may return an array of the caller's, which a donated state must not take along.
-            value = jnp.array(self._value(i, field, jnp.dtype(jnp.float32)), jnp.float32)
-            if self._held is None:
-                overridden = jnp.asarray(isinstance(getattr(self._program[i].rule, field), Injected))
-            else:
-                overridden = self._held[name].overridden
-            new[name] = Hyperparameter(value, overridden)
-        return new
-
-
-def _scalars(stage: Stage) -> list[tuple[str, Any]]:
-    """The scalar fields of a stage's rule that were given."""
-    fields = () if stage.tree_wide else dataclasses.fields(stage.rule)
-    return [(f.name, getattr(stage.rule, f.name)) for f in fields
-            if "scalar" in f.metadata and getattr(stage.rule, f.name) is not None]
-
-
-def _recorded(program: Sequence[Stage]) -> dict[tuple[int, str], str]:
-    """Which (stage, field) the state holds, and under which name: the field's, qualified if several share it."""
-    always = {(i, f.name) for i, stage in enumerate(program) if not stage.tree_wide
-              for f in dataclasses.fields(stage.rule) if f.metadata.get("recorded")}
-    held = [(i, field) for i, stage in enumerate(program) for field, value in _scalars(stage)
-            if (i, field) in always or isinstance(value, Injected)]
-    names = [field for _, field in held]
-    for prefix in (lambda i: program[i].key, lambda i: (*program[i].key, program[i].rule.name)):
-        times = Counter(names)
-        names = ["/".join((*prefix(i), field)) if times[name] > 1 else name
-                 for name, (i, field) in zip(names, held, strict=True)]
-    times = Counter(names)
-    numbered = [f"{name}_{names[:at].count(name)}" if times[name] > 1 else name for at, name in enumerate(names)]
-    return dict(zip(held, numbered, strict=True))
+    def emptied(self, tree: Any, gate: Stage, stages: Sequence[int], out: list[Any]) -> Any:
+        """Zeros in place of what a gate let the stages read, once each leaf has been written."""
+        slots = [self._columns(i) for i in stages if not self.program[i].tree_wide]
+        leaves = self.grads.treedef.flatten_up_to(tree)
+        for leaf, active in enumerate(gate.active):
+            if active and stages and ordering.worth_ordering(leaves[leaf]):
+                written = jax.tree.leaves((out[leaf], [column[leaf] for column in slots]))
+                leaves[leaf] = ordering.zeros_once_written(leaves[leaf], *written)
+            elif active:
+                leaves[leaf] = no_update(leaves[leaf])
+        return self.grads.treedef.unflatten(leaves)
 
 
 def _refuse_dtype(rule: Any, leaf: Any, what: str) -> None:

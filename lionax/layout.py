@@ -5,8 +5,8 @@ apart in the same order and puts it together again; `sweeps` groups the stages i
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from lionax import storage
 from lionax.masks import is_placeholder, named_leaves, select
 from lionax.rule import Definition, Rule
 
-__all__ = ["Combination", "Layout", "Leaves", "Member", "Stage", "TreeWide", "gap", "present", "sweeps"]
+__all__ = ["Combination", "Gate", "Layout", "Leaves", "Member", "Stage", "TreeWide", "Way", "gap", "present", "sweeps"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,25 +75,46 @@ def gap(value: Any) -> Any:
 
 
 class TreeWide(Definition):
-    """A definition that needs the whole tree at once; it ends a sweep. It has ``init`` and ``update`` as Optax's."""
+    """A definition that needs the whole tree at once; it ends a sweep."""
 
     @property
     def name(self) -> str:
         """What errors call it."""
         raise NotImplementedError
 
-    @property
-    def branch(self) -> Definition | None:
-        """The definition that it runs in a branch, which is compiled even outside of ``jit``; None if it has no such."""
-        return None
-
     def init(self, params: Any) -> Any:
         """The state for a parameter tree."""
         raise NotImplementedError
 
-    def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        """The new updates, and the new state."""
+
+class Gate(TreeWide):
+    """A definition that runs another in some of the steps only. Its state is a NamedTuple whose field ``inner`` is that one's."""
+
+    part: Definition
+    arguments: ClassVar[tuple[str, ...]] = ()  # the extra arguments that it takes; the others are for its part
+
+    def open(self, updates: Any, state: Any, extra: Mapping[str, Any]) -> tuple[jax.Array, Any, list["Way"]]:
+        """Chooses how to go on.
+
+        Args:
+          updates: what has come this far.
+          state: the gate's.
+          extra: the values of its ``arguments`` that were given.
+
+        Returns:
+          The index of the way to take in this step, an int32 scalar; the state that all ways start from; and the ways.
+        """
         raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A way on from a gate. Unless it says otherwise, updates of zero go on, and the state stays as it is."""
+
+    updates: Callable[[Any], Any] | None = None  # makes what goes on, out of the state
+    runs: bool = False  # whether the part runs
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # new values for fields of the state
+    emptied: str | None = None  # a field of the state whose arrays ``updates`` reads, and which is zero at the end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,9 +171,9 @@ class Layout:
     stage: Stage | None = None  # of a rule, or of what is tree-wide
 
     @classmethod
-    def of(cls, definition: Definition, leaves: Leaves) -> "Layout":
-        """Resolves masks and labels, once for a step."""
-        return cls._of(definition, leaves, leaves.all, ())
+    def of(cls, definition: Definition, leaves: Leaves, chosen: Sequence[bool] | None = None) -> "Layout":
+        """Resolves masks and labels, once for a step; ``chosen`` tells the leaves on which it is to act at most."""
+        return cls._of(definition, leaves, leaves.all if chosen is None else chosen, ())
 
     @classmethod
     def _of(cls, definition: Definition, leaves: Leaves, chosen: Sequence[bool], key: tuple[str, ...]) -> "Layout":
@@ -189,14 +210,14 @@ class Layout:
         return self.definition.pack([part.pack(states) for part in self.parts])
 
 
-def sweeps(program: Sequence[Stage]) -> list[list[int]]:
-    """Groups the indices of stages into runs over the leaves.
+def sweeps(program: Sequence[Stage], start: int = 0) -> list[list[int]]:
+    """Groups the indices of stages, from ``start`` on, into runs over the leaves.
 
     A new one begins at a rule that needs a norm over the tree, and before and after whatever is tree-wide.
     """
     groups: list[list[int]] = []
-    for i, stage in enumerate(program):
-        if i == 0 or stage.tree_wide or program[i - 1].tree_wide or stage.rule.scope == "tree":
+    for i, stage in list(enumerate(program))[start:]:
+        if i == start or stage.tree_wide or program[i - 1].tree_wide or stage.rule.scope == "tree":
             groups.append([])
         groups[-1].append(i)
     return groups

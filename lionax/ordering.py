@@ -10,6 +10,8 @@ LAMB's update is kept until its norm is known. Left to itself the compiler makes
 zero, for the one before it, and one update is kept at a time.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -17,7 +19,7 @@ from jax.core import ShapedArray, Tracer
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-__all__ = ["after", "worth_ordering", "zero_once_written"]
+__all__ = ["after", "rounded", "worth_ordering", "zero_once_written", "zeros_once_written"]
 
 SMALLEST = 1 << 14  # elements; a smaller buffer is in the cache, and its copy cheaper than the order
 
@@ -31,9 +33,15 @@ def worth_ordering(array: jax.Array) -> bool:
     return jax.typeof(array).sharding.mesh.empty and jax.sharding.get_abstract_mesh().empty
 
 
-def zero_once_written(written: jax.Array) -> jax.Array:
-    """An int32 zero that is there once an array is: on one CPU device; elsewhere a plain zero."""
-    return _zero.bind(lax.stop_gradient(written))
+def zero_once_written(*written: jax.Array) -> jax.Array:
+    """An int32 zero that is there once some arrays are: on one CPU device; elsewhere a plain zero."""
+    return _zero.bind(*map(lax.stop_gradient, written))
+
+
+def zeros_once_written(like: jax.Array, *written: jax.Array) -> jax.Array:
+    """Zeros in the place of a floating-point array, made once some arrays are."""
+    integer = _INTEGERS[like.dtype.itemsize]
+    return lax.bitcast_convert_type(jnp.broadcast_to(zero_once_written(*written).astype(integer), like.shape), like.dtype)
 
 
 @jax.custom_jvp
@@ -45,31 +53,41 @@ def after(zero: jax.Array, slot: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(lax.bitcast_convert_type(slot, integer) + zero.astype(integer), slot.dtype)
 
 
+def rounded(value: jax.Array, count: jax.Array) -> jax.Array:
+    """A value, to be rounded before it is used: the compiler fuses no product in it with a sum that follows.
+
+    Args:
+      value: floating-point.
+      count: an int32 scalar, not negative.
+    """
+    return after(jnp.equal(count, jnp.iinfo(jnp.int32).min).astype(jnp.int32), value)
+
+
 @after.defjvp
 def _after_jvp(primals, tangents):
     return after(*primals), tangents[1]
 
 
 _zero = Primitive("zero_once_written")
-_zero.def_impl(lambda written: jnp.zeros((), jnp.int32))
-_zero.def_abstract_eval(lambda written: ShapedArray((), jnp.dtype(jnp.int32)))
+_zero.def_impl(lambda *written: jnp.zeros((), jnp.int32))
+_zero.def_abstract_eval(lambda *written: ShapedArray((), jnp.dtype(jnp.int32)))
 batching.primitive_batchers[_zero] = lambda arguments, axes: (jnp.zeros((), jnp.int32), None)
 
 
-def _plain(written: jax.Array) -> jax.Array:
+def _plain(*written: jax.Array) -> jax.Array:
     return jnp.zeros((), jnp.int32)
 
 
-def _hidden(written: jax.Array) -> jax.Array:
-    element = written[(0,) * written.ndim]
-    bits = lax.bitcast_convert_type(element, _INTEGERS[written.dtype.itemsize]).astype(jnp.int32)
-    return jnp.maximum(jnp.minimum(bits, 0), 0)
+def _hidden(*written: jax.Array) -> jax.Array:
+    elements = [array[(0,) * array.ndim] for array in written]
+    bits = [lax.bitcast_convert_type(element, _INTEGERS[element.dtype.itemsize]).astype(jnp.int32) for element in elements]
+    return jnp.maximum(jnp.minimum(functools.reduce(jnp.minimum, bits), 0), 0)
 
 
-def _lower_on_cpu(context, written):
+def _lower_on_cpu(context, *written):
     # One element of an array that is spread over devices would have to be sent to all of them.
     alone = getattr(context.module_context.axis_context, "num_devices", 0) == 1
-    return mlir.lower_fun(_hidden if alone else _plain, multiple_results=False)(context, written)
+    return mlir.lower_fun(_hidden if alone else _plain, multiple_results=False)(context, *written)
 
 
 mlir.register_lowering(_zero, mlir.lower_fun(_plain, multiple_results=False))

@@ -94,6 +94,11 @@ class Rule(Definition):
         return False
 
     @property
+    def changes_update(self) -> bool:
+        """Whether the update that `apply` returns may be another than it was given."""
+        return True
+
+    @property
     def acts_without_gradient(self) -> bool:
         """Whether it is applied, with an update of zero, to parameters whose gradient is None."""
         return False

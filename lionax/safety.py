@@ -1,6 +1,7 @@
 """Steps that are not taken: overflow under a loss scale, gradients that are not finite."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,8 +11,7 @@ import optax
 from lionax import engine, norms, storage
 from lionax.combining import definition_of
 from lionax.hyperparameters import Interval, Scalar, check_count, check_scalar, scalar
-from lionax.layout import TreeWide, present
-from lionax.masks import is_placeholder
+from lionax.layout import Gate, Way, present
 from lionax.rule import Definition, Rule, Step
 from lionax.transformation import Transformation, constructor
 
@@ -61,7 +61,7 @@ class SkipNonfiniteState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class SkipNonfinite(TreeWide):
+class SkipNonfinite(Gate):
     """The definition of `skip_nonfinite`."""
 
     part: Definition
@@ -74,21 +74,21 @@ class SkipNonfinite(TreeWide):
     def name(self) -> str:
         return "skip_nonfinite"
 
-    @property
-    def branch(self) -> Definition:
-        return self.part
-
     def init(self, params: Any) -> SkipNonfiniteState:
         return SkipNonfiniteState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), engine.init(self.part, params))
 
-    def update(self, updates: Any, state: SkipNonfiniteState, params: Any = None, **extra: Any) -> tuple[Any, SkipNonfiniteState]:
+    def open(self, updates: Any, state: SkipNonfiniteState, extra: Mapping[str, Any]) -> tuple[jax.Array, Any, list[Way]]:
         finite = norms.all_finite(present(updates))
-        new, inner = engine.run_if(finite, self.part, updates, state.inner, params, extra)
         consecutive = jnp.where(finite, 0, jnp.minimum(state.consecutive + 1, self.max_consecutive))
-        # Once the limit is reached, NaN as the update makes the parameters show what the gradients have been hiding.
-        lost = consecutive >= self.max_consecutive
-        new = jax.tree.map(lambda u: jnp.where(lost, jnp.full_like(u, jnp.nan), u) if jnp.issubdtype(u.dtype, jnp.floating) else u, new)
-        return new, SkipNonfiniteState(consecutive, state.skipped + jnp.logical_not(finite).astype(jnp.int32), inner)
+        new = state._replace(consecutive=consecutive, skipped=state.skipped + jnp.logical_not(finite).astype(jnp.int32))
+
+        def nothing(state):
+            # Once the limit is reached, NaN as the update makes the parameters show what the gradients have been hiding.
+            value = jnp.where(consecutive >= self.max_consecutive, jnp.nan, 0.0)
+            return jax.tree.map(lambda u: u + value.astype(u.dtype) if jnp.issubdtype(u.dtype, jnp.floating) else u,
+                                engine.no_update(updates))
+
+        return finite.astype(jnp.int32), new, [Way(nothing), Way(lambda state: updates, runs=True)]
 
 
 @constructor
@@ -124,7 +124,7 @@ class DynamicLossScaleState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class DynamicLossScale(TreeWide):
+class DynamicLossScale(Gate):
     """The definition of `dynamic_loss_scale`."""
 
     part: Definition
@@ -139,31 +139,24 @@ class DynamicLossScale(TreeWide):
     def name(self) -> str:
         return "dynamic_loss_scale"
 
-    @property
-    def branch(self) -> Definition:
-        return self.part
-
     def init(self, params: Any) -> DynamicLossScaleState:
         return DynamicLossScaleState(jnp.asarray(self.initial, jnp.float32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32),
                                      engine.init(self.part, params))
 
-    def update(self, updates: Any, state: DynamicLossScaleState, params: Any = None, **extra: Any) -> tuple[Any, DynamicLossScaleState]:
+    def open(self, updates: Any, state: DynamicLossScaleState, extra: Mapping[str, Any]) -> tuple[jax.Array, Any, list[Way]]:
         finite = norms.all_finite(present(updates))
 
         def unscaled(u):
-            if is_placeholder(u) or storage.is_float0(u):
-                return u
             dtype = storage.compute_dtype(u)
-            return u.astype(dtype) / state.loss_scale.astype(dtype)
+            return u.astype(dtype) * (1 / state.loss_scale.astype(dtype))
 
-        true = jax.tree.map(unscaled, updates, is_leaf=is_placeholder)
-        new, inner = engine.run_if(finite, self.part, true, state.inner, params, extra)
         grown = state.good_steps + 1 >= self.growth_interval
         larger = jnp.minimum(jnp.where(grown, state.loss_scale * self.growth, state.loss_scale), self.largest)
         smaller = jnp.maximum(state.loss_scale * self.backoff, self.smallest)
-        good_steps = jnp.where(jnp.logical_and(finite, jnp.logical_not(grown)), state.good_steps + 1, 0)
-        skipped = state.skipped + jnp.logical_not(finite).astype(jnp.int32)
-        return new, DynamicLossScaleState(jnp.where(finite, larger, smaller), good_steps, skipped, inner)
+        new = state._replace(loss_scale=jnp.where(finite, larger, smaller),
+                             good_steps=jnp.where(jnp.logical_and(finite, jnp.logical_not(grown)), state.good_steps + 1, 0),
+                             skipped=state.skipped + jnp.logical_not(finite).astype(jnp.int32))
+        return finite.astype(jnp.int32), new, [Way(), Way(lambda state: jax.tree.map(unscaled, updates), runs=True)]
 
 
 @constructor
@@ -172,8 +165,8 @@ def dynamic_loss_scale(tx: optax.GradientTransformation, initial_scale: float = 
                        max_scale: float = 2.0**24) -> Transformation:
     """Divides by a loss scale that grows while gradients are finite and backs off when they are not.
 
-    Multiply the loss by ``optax.tree.get(state, "loss_scale")`` before you differentiate it; here the gradients are divided by it, in
-    float32. A step whose gradients overflowed is not taken: updates of zero, the state inside untouched, the scale smaller.
+    Multiply the loss by ``optax.tree.get(state, "loss_scale")`` before you differentiate it; here the gradients are multiplied by its
+    reciprocal, in float32. A step whose gradients overflowed is not taken: updates of zero, the state inside untouched, the scale smaller.
 
     Args:
       tx: what runs on the true gradients; lionax's or Optax's.

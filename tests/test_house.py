@@ -19,8 +19,8 @@ PACKAGE = ROOT / "lionax"
 MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path for path in PACKAGE.rglob("*.py")}
 
 # From the bottom up: a module imports only from those before it.
-ORDER = ["masks", "storage", "norms", "ordering", "hyperparameters", "rule", "layout", "engine", "eager", "transformation", "combining",
-         "sign_momentum", "momentum", "adaptive", "decay", "clipping", "scaling", "averaging", "accumulation", "safety",
+ORDER = ["masks", "storage", "norms", "ordering", "hyperparameters", "rule", "layout", "settings", "engine", "eager", "transformation",
+         "combining", "sign_momentum", "momentum", "adaptive", "decay", "clipping", "scaling", "averaging", "accumulation", "safety",
          "optimizers", "traffic", "monitoring",
          "compat.keras_schedules", "compat.keras_parts", "compat.keras2", "compat.keras3", "compat.dtensor", "compat.tf_models",
          "compat.weights", "compat.optax_states", "compat.__init__", "config", "__init__",

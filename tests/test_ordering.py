@@ -25,6 +25,15 @@ TXS = {
     "lamb": lambda: lionax.lamb(0.01, weight_decay=0.1),
     "clip_lamb": lambda: lionax.chain(lionax.clip_by_global_norm(1.0), lionax.lamb(0.01)),
     "average": lambda: lionax.chain(lionax.lion(0.01), lionax.params_ema(0.9)),
+    "accumulate": lambda: lionax.accumulate(lionax.chain(lionax.clip_by_global_norm(1.0), lionax.lion(0.01)), 2),
+    "accumulate_average": lambda: lionax.chain(lionax.accumulate(lionax.lion(0.01), 2), lionax.params_ema(0.9)),
+    "average_in_a_window": lambda: lionax.accumulate(lionax.chain(lionax.lion(0.01), lionax.params_ema(0.9)), 2),
+    "skip": lambda: lionax.skip_nonfinite(lionax.lion(0.01), 3),
+    "skip_before_a_window": lambda: lionax.skip_nonfinite(lionax.accumulate(lionax.lion(0.01), 2), 3),
+    "decay_behind_a_window": lambda: lionax.chain(lionax.accumulate(lionax.lion(0.01), 2), lionax.add_decayed_weights(0.001),
+                                                  lionax.scale(0.7)),
+    "optax_in_a_window": lambda: lionax.accumulate(optax.sgd(0.01), 2),
+    "loss_scale": lambda: lionax.dynamic_loss_scale(lionax.lion(0.01), 1.0),
     "behind_a_norm": lambda: lionax.chain(lionax.clip_by_norm(1.0), lionax.lion(0.01)),
 }
 assert PARAMS["large"].size >= SMALLEST > PARAMS["small"].size
@@ -39,7 +48,8 @@ def compiled_optax(tx):
         return jax.jit(optax_step(tx), donate_argnums=(0, 1)).lower(PARAMS, tx.init(PARAMS), PARAMS).compile()
 
 
-@pytest.mark.parametrize("name", ["lion", "bfloat16", "masked", "clip", "average"])
+@pytest.mark.parametrize("name", ["lion", "bfloat16", "masked", "clip", "average", "accumulate", "accumulate_average",
+                                  "average_in_a_window", "skip", "skip_before_a_window", "loss_scale"])
 def test_no_donated_buffer_is_copied(name):
     tx = TXS[name]()
     memory = compiled(tx).memory_analysis()
