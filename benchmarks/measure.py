@@ -1,5 +1,6 @@
 """Times, taken in turns, and the best that the memory of the machine gives in the same run."""
 
+import contextlib
 import dataclasses
 import statistics
 import time
@@ -29,6 +30,7 @@ class Row:
     to_optax: float | None = None  # time ÷ Optax's time
     of_limit: float | None = None  # fewest bytes ÷ bandwidth ÷ time
     temporary_bytes: int | None = None
+    page_faults: int | None = None  # in one run: pages of memory that the system had to hand out
     seconds_to_compile: float | None = None
     lines: int | None = None  # of StableHLO
 
@@ -44,6 +46,17 @@ def in_turns(runs: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, 
             run()
             times[name].append(time.perf_counter() - start)
     return {name: 1e3 * statistics.median(values) for name, values in times.items()}
+
+
+def page_faults(run: Callable[[], None]) -> int | None:
+    """How many pages the system hands out during a run; None where it does not tell."""
+    with contextlib.suppress(ImportError):
+        import resource
+
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        run()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    return None
 
 
 def triad(size: int) -> Callable[[], None]:
@@ -75,7 +88,7 @@ def _rows(table: str, case: str, tree: str, parameters: int, built: Mapping[str,
     for name, contender in built.items():
         ratio = times[name] / times["Optax"] if "Optax" in times else None
         yield Row(table, case, tree, name, parameters, times[name], ratio, limit_ms and limit_ms / times[name], contender.temporary_bytes,
-                  contender.seconds_to_compile, contender.lines)
+                  page_faults(contender.run) if table == "step" else None, contender.seconds_to_compile, contender.lines)
 
 
 def step_rows(name: str, tree: str, shapes: Any, best: float, repeats: int) -> Iterator[Row]:
@@ -88,19 +101,26 @@ def step_rows(name: str, tree: str, shapes: Any, best: float, repeats: int) -> I
 
 
 def many_small_row(leaves: int, repeats: int) -> Iterator[Row]:
-    """A tree of many small leaves, dispatch included."""
+    """A tree of many small leaves, dispatch included; beside a step that returns what it is given."""
     shapes = trees.many_small(leaves)
-    built = {"lionax": peers.ours(lionax.lion(1e-3))(shapes), "Optax": peers.theirs(optax.lion(1e-3))(shapes)}
+    built = {"lionax": peers.ours(lionax.lion(1e-3))(shapes), "Optax": peers.theirs(optax.lion(1e-3))(shapes),
+             "nothing": peers.of_jax(lambda params, state, grads: (params, state), lionax.lion(1e-3).init)(shapes)}
     times = in_turns({name: one.run for name, one in built.items()}, repeats)
     yield from _rows("small leaves", "lion", f"{leaves} leaves", trees.elements(shapes), built, times)
 
 
-def compile_rows(leaves: int) -> Iterator[Row]:
-    """Lowering and compiling LAMB; the milliseconds are those of compiling."""
+def compile_rows(leaves: int, repeats: int) -> Iterator[Row]:
+    """Tracing, lowering and compiling LAMB; all take turns, and nothing is kept from one turn to the next."""
     shapes = {f"leaf_{i}": [(64, 64), (64,), (128, 64), (64, 128)][i % 4] for i in range(leaves)}
-    built = {"lionax": peers.ours(lionax.lamb(1e-3, weight_decay=0.01))(shapes),
-             "Optax": peers.theirs(optax.lamb(1e-3, weight_decay=0.01))(shapes)}
-    times = {name: 1e3 * (one.seconds_to_compile or 0.0) for name, one in built.items()}
+    builds = {"lionax": peers.ours(lionax.lamb(1e-3, weight_decay=0.01)), "Optax": peers.theirs(optax.lamb(1e-3, weight_decay=0.01))}
+    turns: list[dict[str, peers.Contender]] = []
+    for _ in range(repeats):
+        turns.append({})
+        for name, build in builds.items():
+            jax.clear_caches()
+            turns[-1][name] = build(shapes)
+    built = turns[0]
+    times = {name: 1e3 * statistics.median(turn[name].seconds_to_compile or 0.0 for turn in turns) for name in builds}
     yield from _rows("compile", "lamb", f"{leaves} leaves", trees.elements(shapes), built, times)
 
 

@@ -120,10 +120,18 @@ def torch(make: Callable[..., Any]) -> Build:
         import torch
 
         sizes = jax.tree.leaves(shapes, is_leaf=lambda node: isinstance(node, tuple))
-        params = [torch.nn.Parameter(torch.full(size, 0.5)) for size in sizes]
+        device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+        params = [torch.nn.Parameter(torch.full(size, 0.5, device=device)) for size in sizes]
         for param in params:
             param.grad = torch.full_like(param, 1e-3)
-        return Contender(make(torch, params).step)
+        optimizer = make(torch, params)
+
+        def run() -> None:
+            optimizer.step()
+            if device == "cuda":
+                torch.cuda.synchronize()
+
+        return Contender(run)
 
     return build
 
@@ -134,13 +142,13 @@ def lion_pytorch(torch: Any, params: Any) -> Any:
     return Lion(params, lr=RATE)
 
 
-def flash(name: str) -> Build:
-    """``flashoptim-jax``, whose kernels are for GPUs."""
+def flash(name: str, **arguments: Any) -> Build:
+    """``flashoptim-jax``, whose kernels are for GPUs. It keeps less precise state than the others."""
 
     def build(shapes: Any) -> Contender:
         import flashoptim_jax
 
-        tx = getattr(flashoptim_jax, name)(learning_rate=RATE)
+        tx = getattr(flashoptim_jax, name)(learning_rate=RATE, **arguments)
         return of_jax(tx.step, tx.init)(shapes)
 
     return build
@@ -183,7 +191,7 @@ CASES: dict[str, Case] = {
         "lionax": ours(lionax.sgd(RATE, 0.9)), "Optax": theirs(optax.sgd(RATE, 0.9)), "Keras 3": keras("SGD", momentum=0.9),
         "PyTorch, fused SGD": torch(lambda t, params: t.optim.SGD(params, lr=RATE, momentum=0.9, fused=True)),
         "PyTorch, foreach SGD": torch(lambda t, params: t.optim.SGD(params, lr=RATE, momentum=0.9, foreach=True)),
-        "flashoptim": flash("flash_sgd")}),
+        "flashoptim": flash("flash_sgd", momentum=0.9)}),
     "lion, accumulation of 4, average": Case(None, "four calls", {
         "lionax": ours(lionax.chain(lionax.accumulate(lionax.lion(RATE), 4), lionax.params_ema(0.99)), calls=4),
         "Optax": optax_averaged(optax.lion(RATE), 4)}),

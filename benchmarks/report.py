@@ -45,15 +45,16 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     for kind, title in TITLES.items():
         chosen = [row for row in rows if row.table == kind]
         table = Table(title=title)
-        for column in ("tree", "case", "contender", "ms", "÷ Optax", "of the limit", "temporary MB", "lines"):
+        for column in ("tree", "case", "contender", "ms", "÷ Optax", "of the limit", "temporary MB", "page faults", "lines"):
             table.add_column(column, justify="left" if column in ("tree", "case", "contender") else "right")
         last = None
         for row in chosen:
             if last is not None and last != (row.tree, row.case):
                 table.add_section()
             last = (row.tree, row.case)
+            megabytes = row.temporary_bytes and row.temporary_bytes / 1e6
             table.add_row(row.tree, row.case, row.contender, f"{row.milliseconds:.2f}", _number(row.to_optax), _number(row.of_limit),
-                          _number(row.temporary_bytes and row.temporary_bytes / 1e6, 1), str(row.lines) if kind == "compile" else "")
+                          _number(megabytes, 1), _number(row.page_faults, 0), str(row.lines) if kind == "compile" else "")
         if chosen:
             made.append(table)
     return made

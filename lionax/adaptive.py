@@ -40,17 +40,15 @@ class ScaleByAdam(Rule):
     def init(self, param: jax.Array) -> ScaleByAdamState:
         return ScaleByAdamState(mu=storage.zeros(param, self.mu_dtype), nu=storage.zeros(param, self.nu_dtype))
 
+    def prepare(self, count: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return debiasing(self.b1, count + 1, dtype), debiasing(self.b1, count + 2, dtype), debiasing(self.b2, count + 1, dtype)
+
     def apply(self, update: jax.Array, slots: ScaleByAdamState, param: Any, step: Step) -> tuple[jax.Array, ScaleByAdamState]:
-        dtype, count = update.dtype, step.count
+        of_mu, of_next_mu, of_nu = step.shared
         mu = (1.0 - self.b1) * update + self.b1 * slots.mu
         nu = (1.0 - self.b2) * (update * update) + self.b2 * slots.nu
-        if self.nesterov:
-            mu_hat = (self.b1 * (mu / debiasing(self.b1, count + 2, dtype))
-                      + (1.0 - self.b1) * (update / debiasing(self.b1, count + 1, dtype)))
-        else:
-            mu_hat = mu / debiasing(self.b1, count + 1, dtype)
-        nu_hat = nu / debiasing(self.b2, count + 1, dtype)
-        return mu_hat / (jnp.sqrt(nu_hat + self.eps_root) + self.eps), ScaleByAdamState(mu, nu)
+        mu_hat = self.b1 * (mu * of_next_mu) + (1.0 - self.b1) * (update * of_mu) if self.nesterov else mu * of_mu
+        return mu_hat / (jnp.sqrt(nu * of_nu + self.eps_root) + self.eps), ScaleByAdamState(mu, nu)
 
 
 @constructor
@@ -106,11 +104,12 @@ class ScaleByTrustRatio(Rule):
     def apply(self, update: jax.Array, slots: Any, param: Any, step: Step) -> tuple[jax.Array, Any]:
         update_norm, param_norm = (jnp.maximum(norm, self.min_norm) for norm in step.norms)
         # Written so that a norm of NaN gives 1, too, and one bad element does not spoil its leaf.
-        both_positive = jnp.logical_and(param_norm > 0.0, update_norm > 0.0)
-        # The divisor is replaced as well: else a derivative through the ratio would be NaN where it is not used.
+        both_positive = jnp.minimum(param_norm, update_norm) > 0.0
+        # Both are replaced, not their ratio: a derivative where it is not used would be NaN. A division last is also made once for the
+        # leaf; the compiler would repeat a choice for each element, and keep both norms for it.
+        dividend = jnp.where(both_positive, self.trust_coefficient * param_norm, jnp.ones_like(param_norm))
         divisor = jnp.where(both_positive, update_norm + self.eps, jnp.ones_like(update_norm))
-        ratio = self.trust_coefficient * param_norm / divisor
-        return update * jnp.where(both_positive, ratio, jnp.ones_like(ratio)), slots
+        return update * (dividend / divisor), slots
 
 
 @constructor

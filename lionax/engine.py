@@ -299,13 +299,15 @@ class _Passage:
         """A stage as a function of one leaf's arrays; in a trace it is one function for all leaves of a shape."""
         key = (i, rule.name, update.dtype)
         if key not in self.functions:
+            count = self.owners[i][0].count
+            shared = rule.prepare(count, update.dtype)
 
             def function(update, stored, param, tree_norms):
                 measured = tuple(norm.astype(update.dtype) for norm in tree_norms) if rule.scope == "tree" else ()
                 if rule.scope == "leaf":
                     measured = tuple(norms.joint_norm([array]) for array in rule.measure(update, param))
                 loaded = jax.tree.map(lambda slot: storage.load(slot, update.dtype), stored)
-                update, slots = rule.apply(update, loaded, param, Step(self.owners[i][0].count, measured))
+                update, slots = rule.apply(update, loaded, param, Step(count, measured, shared))
                 return update, jax.tree.map(storage.store, slots, stored)
 
             self.functions[key] = jax.jit(function) if isinstance(update, Tracer) else function

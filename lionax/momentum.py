@@ -99,9 +99,12 @@ class Ema(Rule):
     def init(self, param: jax.Array) -> EmaState:
         return EmaState(ema=storage.zeros(param, storage.accumulator(param, self.accumulator_dtype)))
 
+    def prepare(self, count: jax.Array, dtype: Any) -> jax.Array | None:
+        return debiasing(self.decay, count + 1, dtype) if self.debias else None
+
     def apply(self, update: jax.Array, slots: EmaState, param: Any, step: Step) -> tuple[jax.Array, EmaState]:
         new = (1.0 - self.decay) * update + self.decay * slots.ema
-        return (new / debiasing(self.decay, step.count + 1, update.dtype) if self.debias else new), EmaState(ema=new)
+        return (new * step.shared if self.debias else new), EmaState(ema=new)
 
 
 @constructor
@@ -130,7 +133,7 @@ def ema(decay: Scalar, debias: bool = True, accumulator_dtype: Storage = None) -
     return Transformation.of(Ema(decay, bool(debias), accumulator_dtype))
 
 
-@functools.partial(jax.jit, static_argnums=2)  # one function in the lowered program, however many leaves call it
+@functools.partial(jax.jit, static_argnums=2)  # its power is rounded otherwise operation by operation
 def debiasing(decay: Scalar, count: jax.Array, dtype: Any) -> jax.Array:
-    """``1 - decay^count``: what an average that began at zero has been weighted with."""
-    return 1.0 - jnp.asarray(decay, dtype) ** count.astype(dtype)
+    """``1 / (1 - decay^count)``: what an average that began at zero is to be multiplied by."""
+    return 1.0 / (1.0 - jnp.asarray(decay, dtype) ** count.astype(dtype))

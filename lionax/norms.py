@@ -17,6 +17,9 @@ from lionax import storage
 __all__ = ["all_finite", "in_few_passes", "in_one_pass", "joint_norm", "varying_axes"]
 
 
+_LARGE = 1 << 16  # elements, from which on a sum in float64 costs more than a branch
+
+
 def varying_axes(x: jax.Array) -> frozenset[str]:
     """The mesh axes over which ``x`` differs inside ``shard_map``: none for a replicated value or outside of it."""
     aval = jax.typeof(x)
@@ -51,13 +54,16 @@ def _total(sums: Sequence[jax.Array], dtype: np.dtype) -> jax.Array:
     by_axes: dict[frozenset[str], list[jax.Array]] = {}
     for value in sums:
         by_axes.setdefault(varying_axes(value), []).append(value)
-    totals = [_pairwise(jnp.stack(values)) for values in by_axes.values()]
+    totals = map(_pairwise, by_axes.values())
     totals = [lax.psum(t, tuple(sorted(axes))) if axes else t for t, axes in zip(totals, by_axes, strict=True)]
-    return _pairwise(jnp.stack(totals)) if totals else jnp.zeros((), dtype)
+    return _pairwise(totals) if totals else jnp.zeros((), dtype)
 
 
-def _pairwise(rows: jax.Array) -> jax.Array:
-    """Sum over the first axis by halves: the error grows with the logarithm of the number of leaves."""
+def _pairwise(values: Sequence[jax.Array]) -> jax.Array:
+    """Sum by halves: the error grows with the logarithm of the number of leaves."""
+    if len(values) == 1:
+        return values[0]
+    rows = jnp.stack(values)
     while len(rows) > 1:
         if len(rows) % 2:
             rows = jnp.concatenate([rows, jnp.zeros_like(rows[:1])])
@@ -104,12 +110,12 @@ def _sum_of_squares(arrays: Sequence[jax.Array], scale: Callable[[jax.Array], ja
 def in_few_passes(arrays: tuple[jax.Array, ...], dtype: np.dtype) -> jax.Array:
     """For the CPU, whose compiler makes one pass over memory, and one program, of each reduction.
 
-    One array is summed in float64, in which no square of a float32 is out of range. That takes twice the time of a sum in
-    float32, so of many arrays a sum in float32 is tried first.
+    A small array is summed in float64, in which no square of a float32 is out of range. That takes twice the time of a sum in
+    float32, so of many arrays, or a large one, a sum in float32 is tried first.
     """
     if dtype == jnp.float64:
         return in_one_pass(arrays, dtype)
-    if len(arrays) == 1:
+    if len(arrays) == 1 and arrays[0].size < _LARGE:
         return _in_double(arrays)
     plain = _sum_of_squares(arrays, lambda x: x, dtype)
     return lax.cond(_factor_for(plain) == 1, lambda: jnp.sqrt(plain), lambda: _in_double(arrays))

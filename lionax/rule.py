@@ -51,6 +51,7 @@ class Step:
 
     count: jax.Array  # int32 []: how many steps were made before this one
     norms: tuple[jax.Array, ...] = ()  # compute dtype []: the norm of each array that `measure` named
+    shared: Any = None  # what `prepare` gave
 
 
 class Definition:
@@ -107,6 +108,10 @@ class Rule(Definition):
         """The slots of one parameter: a NamedTuple of arrays, whose dtypes stay for good."""
         return optax.EmptyState()
 
+    def prepare(self, count: jax.Array, dtype: Any) -> Any:
+        """What is the same for all leaves of a compute dtype, as bias corrections are; `apply` finds it in ``step.shared``."""
+        return None
+
     def measure(self, update: jax.Array, param: jax.Array | None) -> tuple[jax.Array, ...]:
         """The arrays whose norms `apply` needs, where ``scope`` is not ``"none"``."""
         raise NotImplementedError
@@ -118,6 +123,6 @@ class Rule(Definition):
           update: the gradient, or what the rules before this one made of it.
           slots: as `init` made them, loaded in the compute dtype.
           param: the parameter in the compute dtype; None if the caller gave none and ``needs_params`` is False.
-          step: the count and the norms.
+          step: the count, the norms, and what `prepare` gave.
         """
         raise NotImplementedError

@@ -32,7 +32,7 @@ def test_every_magnitude(name, form):
     """Both forms, the CPU's and the other platforms', on this platform."""
     x = np.array(EXTREME[name], np.float32)
     exact = np.linalg.norm(x.astype(np.float64))
-    for arrays in ((x,), (x[: len(x) // 2], x[len(x) // 2:])):
+    for arrays in ((x,), (x[: len(x) // 2], x[len(x) // 2:]), (np.append(np.zeros((1 << 17) - len(x), np.float32), x),)):
         finite = min(exact, float(np.finfo(np.float32).max))
         one = jax.jit(functools.partial(form, dtype=jnp.dtype(jnp.float32)))(tuple(map(jnp.asarray, arrays)))
         # XLA on the CPU flushes subnormal numbers to zero.
@@ -50,6 +50,8 @@ def test_infinities_and_nan_are_not_hidden():
     assert norm([np.inf, 1.0]) == np.inf
     assert np.isnan(norm([np.nan, 1.0]))
     assert np.isnan(norm([1.0, 2.0], [np.nan]))
+    assert norm(jnp.ones(1 << 17).at[7].set(-np.inf)) == np.inf
+    assert np.isnan(norm(jnp.ones(1 << 17).at[7].set(np.nan)))
 
 
 def test_many_bfloat16_leaves():
