@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -36,14 +37,17 @@ class Row:
 
 
 def in_turns(runs: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """The median milliseconds of each; all take turns, so that what disturbs the machine disturbs all."""
+    """The median milliseconds of each. All take turns, so that what disturbs the machine disturbs all; each round in another order,
+    since some leave threads behind that spin for a while.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
+    shuffle = random.Random(0)
     for _ in range(repeats):
-        for name, run in runs.items():
+        for name in shuffle.sample(list(runs), len(runs)):
             start = time.perf_counter()
-            run()
+            runs[name]()
             times[name].append(time.perf_counter() - start)
     return {name: 1e3 * statistics.median(values) for name, values in times.items()}
 
@@ -146,5 +150,6 @@ def growth(sizes: list[int], leaves: list[int], repeats: int) -> Iterator[Row]:
         for table, shapes in [*(("parameters", trees.of_size(size, 16)) for size in sizes),
                               *(("leaves", trees.many_small(count)) for count in leaves)]:
             built = {"lionax": peers.ours(pair[0])(shapes), "Optax": peers.theirs(pair[1])(shapes)}
-            times = in_turns({name: one.run for name, one in built.items()}, repeats)
+            short = trees.elements(shapes) <= 10**6
+            times = in_turns({name: one.run for name, one in built.items()}, 20 * repeats if short else repeats)
             yield from _rows(table, case, f"{len(shapes)} leaves", trees.elements(shapes), built, times)

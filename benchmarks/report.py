@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import matplotlib
 
+import lionax
 from benchmarks.measure import Row
 
 matplotlib.use("Agg")
@@ -23,8 +24,8 @@ __all__ = ["draw", "machine", "tables"]
 
 def machine() -> dict[str, Any]:
     """Versions, processor and date."""
-    versions = {}
-    for name in ("lionax", "jax", "jaxlib", "optax", "keras", "torch", "lion-pytorch", "flashoptim-jax"):
+    versions = {"lionax": lionax.__version__}
+    for name in ("jax", "jaxlib", "optax", "keras", "torch", "lion-pytorch", "flashoptim-jax"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     model = platform.processor() or platform.machine()
@@ -85,13 +86,15 @@ def draw(rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _bars(rows: Sequence[Row], path: pathlib.Path, label: str, title: str, value: Any) -> pathlib.Path:
-    cases, contenders = list(dict.fromkeys(row.case for row in rows)), list(dict.fromkeys(row.contender for row in rows))
+    cases = dict.fromkeys(row.case for row in rows)
+    groups = {case: [row for row in rows if row.case == case and value(row) is not None] for case in cases}
     figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
-    width = 0.8 / len(contenders)
-    for i, contender in enumerate(contenders):
-        shown = [(cases.index(row.case), value(row)) for row in rows if row.contender == contender and value(row) is not None]
-        axes.bar([at + i * width for at, _ in shown], [height for _, height in shown], width, label=contender)
-    axes.set_xticks([at + 0.4 - width / 2 for at in range(len(cases))], [case.replace(", ", ",\n") for case in cases], fontsize=8)
+    width = 0.8 / max(map(len, groups.values()))
+    for contender in dict.fromkeys(row.contender for row in rows):
+        shown = [(at + (i - (len(group) - 1) / 2) * width, value(row)) for at, group in enumerate(groups.values())
+                 for i, row in enumerate(group) if row.contender == contender]
+        axes.bar([at for at, _ in shown], [height for _, height in shown], width, label=contender)
+    axes.set_xticks(range(len(groups)), [case.replace(", ", ",\n") for case in groups], fontsize=8)
     axes.axhline(1.0, color="gray", linestyle="--", linewidth=1)
     axes.set(ylabel=label, title=title)
     axes.legend(fontsize=8)
