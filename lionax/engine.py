@@ -4,6 +4,9 @@
 through all rules in the compute dtype, and rounded to its own dtype once, at the end. Before a sweep that begins with a
 norm over the tree, that norm is taken.
 
+A gate, as that of `accumulate`, runs another definition in some steps only. In `step` the parameters are
+written in its branches, and what a branch does not change stays where it lies.
+
 Whatever is not math of one array happens here: missing leaves, casts, hyperparameters, checks with the leaf's name.
 """
 
@@ -21,7 +24,7 @@ from jax.core import Tracer
 
 from lionax import norms, ordering, storage
 from lionax.hyperparameters import Hyperparameter
-from lionax.layout import Gate, Layout, Leaves, Stage, Way, gap, sweeps
+from lionax.layout import Gate, Layout, Leaves, Stage, Way, check_structures, gap, sweeps
 from lionax.masks import is_placeholder
 from lionax.rule import Definition, Rule, Step
 from lionax.settings import Settings
@@ -57,7 +60,7 @@ def _init_stage(stage: Stage, leaves: Leaves) -> Any:
     slots = []
     for value, path, active in zip(leaves.values, leaves.paths, stage.active, strict=True):
         if active:
-            _refuse_dtype(stage.rule, value, f"the parameter {path!r}")
+            stage.rule.check_dtype(value, f"the parameter {path!r}")
         slots.append(stage.rule.init(value) if active else gap(value))
     # Without any parameter, the slots of a scalar tell the fields.
     example = next((slot for slot, active in zip(slots, stage.active, strict=True) if active), None)
@@ -85,7 +88,7 @@ def run(definition: Definition, updates: Any, state: State, params: Any, extra: 
     grads = Leaves.of(updates, params)
     old = None if params is None else Leaves.of(params, params)
     if old is not None:
-        _check_structures(grads, old)
+        check_structures(grads, old)
     part = _Part(Layout.of(definition, grads), state, extra)
     passage = _Passage(grads, old)
     passage.insert(0, part, state)
@@ -120,15 +123,15 @@ class _Passage:
         values = [None] * len(grads.values) if params is None else params.values
         self.grads, self.params = grads, params
         self.param = values  # for each leaf, or None
-        self.updates = list(grads.values)
+        self.updates: list[Any] = list(grads.values)
         self.written: list[Any] = [None] * len(values)  # the new parameters, if they are asked for
         self.dtypes: list[Any] = [storage.compute_dtype(*(x for x in (g, p) if x is not None)) if present else None
                                   for g, p, present in zip(grads.values, values, grads.present, strict=True)]
         self.program: list[Stage] = []
         self.owners: list[tuple[_Part, int]] = []  # for each stage its part, and its index there
         self.states: list[Any] = []  # of each stage
-        self.gate: _Part | None = None  # what holds the gate that was passed last
-        self.settled: list[int | None] = [None] * len(values)  # behind a gate: after which stage a leaf's update is final
+        self.exits: list[int] = []  # for each gate whose part is in the program, how many stages follow the part
+        self.settled: list[set[int]] = []  # for each leaf the stages after which its update leaves such a part
         self.rules: dict[Any, Rule] = {}
         self.functions: dict[Any, Callable[..., tuple[jax.Array, Any]]] = {}
 
@@ -139,26 +142,31 @@ class _Passage:
         self.states[at:at] = part.layout.unpack(state.rules)
 
     def fork(self, gate: int, params: list[Any], later: list[Any]) -> "_Passage":
-        """A passage for a branch of the compiled program, which goes on where the stage ``gate`` was."""
+        """A passage for a branch of the compiled program, where the stage ``gate`` and all but as many as ``later`` are left out."""
         new = copy.copy(self)
         new.param, new.params = params, None if self.params is None else dataclasses.replace(self.params, values=params)
-        new.program = [*self.program[:gate], *self.program[gate + 1:]]
-        new.owners = [*self.owners[:gate], *self.owners[gate + 1:]]
+        follows = slice(gate + 1, gate + 1 + len(later))
+        new.program, new.owners = [*self.program[:gate], *self.program[follows]], [*self.owners[:gate], *self.owners[follows]]
         new.states = [*self.states[:gate], *later]
         new.updates, new.written, new.dtypes = list(self.updates), list(self.written), list(self.dtypes)
-        new.gate = self.owners[gate][0]
+        new.exits = list(self.exits) if later or gate + 1 == len(self.program) else []
         new.rules, new.functions = {}, {}  # their values belong to a branch
         return new
 
     def run(self, start: int, write: bool) -> list[Any]:
         """Carries the updates through the stages from ``start`` on; returns them, or the new parameters."""
         groups = sweeps(self.program, start)
-        if self.gate is not None:
-            self.settled = self._last_changes(start)
+        self.settled = [{last for ends in self.exits if (last := self._last_change(leaf, start, len(self.program) - ends)) is not None}
+                        for leaf in range(len(self.updates))]
         for group in groups:
             if isinstance(self.program[group[0]].rule, Gate):
-                return self._through_gate(group[0], write)
-            self.sweep(group, write and group is groups[-1])
+                if write and self._is_best_merged(group[0]):
+                    return self._through_gate(group[0], write)
+                self._through_gate(group[0], False)
+                if write and group is groups[-1]:
+                    self._write()
+            else:
+                self.sweep(group, write and group is groups[-1])
         if write and not groups:
             self._write()
         return self.written if write else self.in_dtype_of_gradients()
@@ -212,13 +220,13 @@ class _Passage:
     def _operands(self, i: int, leaf: int) -> tuple[Rule, jax.Array, jax.Array | None]:
         """The rule, the update and the parameter, ready for arithmetic."""
         rule, dtype, param, path = self.program[i].rule, self.dtypes[leaf], self.param[leaf], self.grads.paths[leaf]
-        _refuse_dtype(rule, self.updates[leaf], f"the gradient of {path!r}")
+        rule.check_dtype(self.updates[leaf], f"the gradient of {path!r}")
         if param is None and rule.needs_params:
             raise ValueError(f"{rule.name}: needs the parameters (here {path!r}); call update(grads, state, params)")
         if not jnp.issubdtype(self.updates[leaf].dtype, jnp.floating):
             return rule, self.updates[leaf], param
         if param is not None:
-            _refuse_dtype(rule, param, f"the parameter {path!r}")
+            rule.check_dtype(param, f"the parameter {path!r}")
             param = param.astype(dtype)
         return self._resolved(i, dtype), self.updates[leaf].astype(dtype), param
 
@@ -328,21 +336,15 @@ class _Passage:
             self.updates[leaf], self.dtypes[leaf] = None, None
         return slots
 
-    def _last_changes(self, start: int) -> list[int | None]:
-        """For each leaf the last of the stages that changes its update."""
-        last: list[int | None] = [None] * len(self.updates)
-        for i in range(start, len(self.program)):
-            if self.program[i].tree_wide or self.program[i].rule.changes_update:
-                last = [i if active else before for active, before in zip(self.program[i].active, last, strict=True)]
-        return last
+    def _last_change(self, leaf: int, start: int, stop: int) -> int | None:
+        """The last of some stages that changes the update of a leaf."""
+        stages = [i for i in range(start, stop) if self.program[i].active[leaf]]
+        return max((i for i in stages if self.program[i].tree_wide or self.program[i].rule.changes_update), default=None)
 
     def _settle(self, i: int, leaf: int) -> None:
-        """Rounds an update that is final, behind a gate.
-
-        There `update` ends with a branch, whose result is rounded; a parameter that is written in it is to be the same.
-        """
-        if self.gate is not None and self.settled[leaf] == i:
-            self.updates[leaf] = ordering.rounded(self.updates[leaf], self.gate.count)
+        """Rounds an update where it leaves what a gate runs: in `update` a branch ends there, and `step` is to be the same."""
+        if self.settled[leaf] and i in self.settled[leaf]:
+            self.updates[leaf] = ordering.rounded(self.updates[leaf], self.owners[i][0].count)
 
     def replace_updates(self, stage: Stage, tree: Any) -> None:
         """Goes on with the updates of a tree, on the leaves on which a stage acts."""
@@ -360,13 +362,23 @@ class _Passage:
         for leaf in range(len(self.updates)):
             self._settle(i, leaf)
 
+    def _is_best_merged(self, i: int) -> bool:
+        """Whether what follows a gate is to be part of each of its ways: if it changes no update, as an average of the parameters.
+
+        Not inside `shard_map`, where a parameter that is written may vary over axes on which the old one does not.
+        """
+        arrays = [x for x in (*self.updates, *self.param) if isinstance(x, jax.Array)]
+        changes = any(stage.tree_wide or stage.rule.changes_update for stage in self.program[i + 1:])
+        return not changes and not any(map(norms.varying_axes, arrays))
+
     def _through_gate(self, i: int, write: bool) -> list[Any]:
-        """Goes on to the end, by the way that a gate chooses; all that comes after the gate is part of each way."""
+        """Goes on by the way that a gate chooses: to the end if the parameters are to be written, else to the end of its part."""
         gate, extra = self.program[i], self.owners[i][0].extra
         own = {name: value for name, value in extra.items() if name in gate.rule.arguments}
         others = {name: value for name, value in extra.items() if name not in own}
         arrived = dataclasses.replace(self.grads, values=self.updates).only(gate.active)
         choice, state, ways = gate.rule.open(arrived, self.states[i], own)
+        later = self.states[i + 1:] if write else []
 
         def take(way: Way, params: list[Any], states: list[Any]) -> tuple[list[Any], list[Any]]:
             passage, state, end = self.fork(i, params, states[1:]), states[0], i
@@ -375,7 +387,12 @@ class _Passage:
             if part is not None:
                 passage.insert(i, part, state.inner)
                 end += len(part.stages)
-            out = [None if storage.is_float0(value) else value for value in passage.run(i, write)]
+                passage.enter(i, end, self.owners[i][0].count)
+            out = passage.run(i, write)
+            if not write:  # not rounded to the gradients' dtypes, which is for the end
+                out = [storage.load(u, d) if present else u
+                       for u, d, present in zip(passage.updates, self.dtypes, self.grads.present, strict=True)]
+            out = [None if storage.is_float0(value) else value for value in out]
             if part is not None:
                 state = state._replace(inner=part.state(passage.states[i:end]))
             if way.emptied is not None:
@@ -383,15 +400,24 @@ class _Passage:
                 state = state._replace(**{way.emptied: zeros})
             return out, [state._replace(**way.changes), *passage.states[end:]]
 
-        out, states = self.param, [state, *self.states[i + 1:]]
+        out, states = self.param, [state, *later]
         if write:
             # Of a branch beside one that changes nothing, the compiler writes the results in place; of others it would copy them.
             for index, way in enumerate(ways):
                 out, states = jax.lax.cond(choice == index, functools.partial(take, way), lambda *same: same, out, states)
         else:
             out, states = jax.lax.switch(choice, [functools.partial(take, way) for way in ways], out, states)
-        self.states[i:] = states
-        return [old if new is None else new for old, new in zip(self.param if write else self.updates, out, strict=True)]
+        self.states[i:i + len(states)] = states
+        out = [old if new is None else new for old, new in zip(self.param if write else self.updates, out, strict=True)]
+        self.updates = self.updates if write else out
+        return out
+
+    def enter(self, start: int, end: int, count: jax.Array) -> None:
+        """Notes that a gate's part has come into the program, see `_settle`."""
+        self.exits.append(len(self.program) - end)
+        for leaf, update in enumerate(self.updates):
+            if self.program and self._last_change(leaf, start, end) is None and isinstance(update, jax.Array):
+                self.updates[leaf] = ordering.rounded(update, count)
 
     def part_behind(self, gate: Stage, state: State, extra: dict[str, Any]) -> _Part:
         """What a gate runs."""
@@ -410,27 +436,3 @@ class _Passage:
             elif active:
                 leaves[leaf] = no_update(leaves[leaf])
         return self.grads.treedef.unflatten(leaves)
-
-
-def _refuse_dtype(rule: Any, leaf: Any, what: str) -> None:
-    if rule.any_dtype or jnp.issubdtype(leaf.dtype, jnp.floating):
-        return
-    remedy = ("wrap the transformation in optax.contrib.split_real_and_imaginary" if
-              jnp.issubdtype(leaf.dtype, jnp.complexfloating) else
-              "keep it out of the tree, or out of the transformation with lionax.masked or lionax.partition")
-    raise TypeError(f"{rule.name}: {what} has dtype {leaf.dtype}; floating-point is accepted; {remedy}")
-
-
-def _check_structures(grads: Leaves, params: Leaves) -> None:
-    if grads.treedef != params.treedef:
-        missing = [p for p in params.paths if p not in set(grads.paths)]
-        extra = [p for p in grads.paths if p not in set(params.paths)]
-        detail = (f"there is no gradient for {missing[0]!r}" if missing else
-                  f"there is no parameter for the gradient {extra[0]!r}" if extra else
-                  f"the containers differ: {grads.treedef} and {params.treedef}")
-        raise ValueError(f"the gradients do not have the structure of the parameters: {detail}")
-    for grad, present, param, path in zip(grads.values, grads.present, params.values, grads.paths, strict=True):
-        if present and (is_placeholder(param) or grad.shape != param.shape):
-            what = f"is {param!r}" if is_placeholder(param) else f"has shape {param.shape}"
-            raise ValueError(f"the gradient of {path!r} has shape {grad.shape}, the parameter {what}; they must be equal "
-                             "(nothing is broadcast)")

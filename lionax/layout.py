@@ -17,7 +17,8 @@ from lionax import storage
 from lionax.masks import is_placeholder, named_leaves, select
 from lionax.rule import Definition, Rule
 
-__all__ = ["Combination", "Gate", "Layout", "Leaves", "Member", "Stage", "TreeWide", "Way", "gap", "present", "sweeps"]
+__all__ = ["Combination", "Gate", "Layout", "Leaves", "Member", "Stage", "TreeWide", "Way", "check_structures", "gap", "present",
+           "sweeps"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +68,22 @@ def present(tree: Any) -> list[jax.Array]:
     """The arrays of a tree, without placeholders and float0."""
     leaves = Leaves.of(tree, None)
     return [value for value, here in zip(leaves.values, leaves.present, strict=True) if here]
+
+
+def check_structures(grads: Leaves, params: Leaves) -> None:
+    """Refuses gradients that do not have the structure and the shapes of the parameters."""
+    if grads.treedef != params.treedef:
+        missing = [p for p in params.paths if p not in set(grads.paths)]
+        extra = [p for p in grads.paths if p not in set(params.paths)]
+        detail = (f"there is no gradient for {missing[0]!r}" if missing else
+                  f"there is no parameter for the gradient {extra[0]!r}" if extra else
+                  f"the containers differ: {grads.treedef} and {params.treedef}")
+        raise ValueError(f"the gradients do not have the structure of the parameters: {detail}")
+    for grad, present, param, path in zip(grads.values, grads.present, params.values, grads.paths, strict=True):
+        if present and (is_placeholder(param) or grad.shape != param.shape):
+            what = f"is {param!r}" if is_placeholder(param) else f"has shape {param.shape}"
+            raise ValueError(f"the gradient of {path!r} has shape {grad.shape}, the parameter {what}; they must be equal "
+                             "(nothing is broadcast)")
 
 
 def gap(value: Any) -> Any:

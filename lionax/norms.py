@@ -46,7 +46,8 @@ def joint_norm(arrays: Sequence[jax.Array]) -> jax.Array:
 
 def all_finite(arrays: Sequence[jax.Array]) -> jax.Array:
     """Whether every element of all arrays, on all devices, is finite: a bool scalar, the same on every device."""
-    return jnp.isfinite(joint_norm(arrays))
+    parts = [(x.real, x.imag) if jnp.issubdtype(x.dtype, jnp.complexfloating) else (x,) for x in arrays]
+    return jnp.isfinite(joint_norm([part for both in parts for part in both]))
 
 
 def _total(sums: Sequence[jax.Array], dtype: np.dtype) -> jax.Array:

@@ -6,11 +6,14 @@ cure is to make the new momentum depend on the written parameter, by a zero that
 of one element as an integer, bounded from above and below by 0, added to the bits of the old momentum. No bit of a result
 changes, and NaN does not spread. Elsewhere one loop writes both, and order would only hurt.
 
+A gate's sums are set to zero, likewise, when all that reads them has been written.
+
 LAMB's update is kept until its norm is known. Left to itself the compiler makes all updates first; so a leaf waits, by such a
 zero, for the one before it, and one update is kept at a time.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +30,8 @@ _INTEGERS = {1: jnp.int8, 2: jnp.int16, 4: jnp.int32, 8: jnp.int64}
 
 
 def worth_ordering(array: jax.Array) -> bool:
-    """Whether an array is being compiled, large, and not known to be spread over a mesh."""
-    if not isinstance(array, Tracer) or array.size < SMALLEST:
+    """Whether an array is being compiled, floating-point, large, and not known to be spread over a mesh."""
+    if not isinstance(array, Tracer) or array.size < SMALLEST or not jnp.issubdtype(array.dtype, jnp.floating):
         return False
     return jax.typeof(array).sharding.mesh.empty and jax.sharding.get_abstract_mesh().empty
 
@@ -38,8 +41,14 @@ def zero_once_written(*written: jax.Array) -> jax.Array:
     return _zero.bind(*map(lax.stop_gradient, written))
 
 
+def _is_plain(dtype: Any) -> bool:
+    info = jnp.finfo if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else None
+    return info is not None and info(dtype).bits >= 8
+
+
 def zeros_once_written(like: jax.Array, *written: jax.Array) -> jax.Array:
-    """Zeros in the place of a floating-point array, made once some arrays are."""
+    """Zeros in the place of a floating-point array, made once those of some arrays are whose elements can be looked at."""
+    written = tuple(array for array in written if array.size and _is_plain(array.dtype))
     integer = _INTEGERS[like.dtype.itemsize]
     return lax.bitcast_convert_type(jnp.broadcast_to(zero_once_written(*written).astype(integer), like.shape), like.dtype)
 
@@ -79,6 +88,8 @@ def _plain(*written: jax.Array) -> jax.Array:
 
 
 def _hidden(*written: jax.Array) -> jax.Array:
+    if not written:
+        return _plain()
     elements = [array[(0,) * array.ndim] for array in written]
     bits = [lax.bitcast_convert_type(element, _INTEGERS[element.dtype.itemsize]).astype(jnp.int32) for element in elements]
     return jnp.maximum(jnp.minimum(functools.reduce(jnp.minimum, bits), 0), 0)

@@ -37,6 +37,7 @@ import re
 from typing import Any, ClassVar, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from lionax import storage
@@ -126,3 +127,12 @@ class Rule(Definition):
           step: the count, the norms, and what `prepare` gave.
         """
         raise NotImplementedError
+
+    def check_dtype(self, leaf: jax.Array, what: str) -> None:
+        """Refuses an array that is not floating-point, unless any is accepted."""
+        if self.any_dtype or jnp.issubdtype(leaf.dtype, jnp.floating):
+            return
+        remedy = ("wrap the transformation in optax.contrib.split_real_and_imaginary" if
+                  jnp.issubdtype(leaf.dtype, jnp.complexfloating) else
+                  "keep it out of the tree, or out of the transformation with lionax.masked or lionax.partition")
+        raise TypeError(f"{self.name}: {what} has dtype {leaf.dtype}; floating-point is accepted; {remedy}")

@@ -170,12 +170,12 @@ def dynamic_loss_scale(tx: optax.GradientTransformation, initial_scale: float = 
 
     Args:
       tx: what runs on the true gradients; lionax's or Optax's.
-      initial_scale: the first scale, above 0.
+      initial_scale: the first scale, in (0, 2^126]: the reciprocal of a larger one is no normal number.
       growth_interval: how many finite steps in a row make the scale grow, at least 1.
       growth_factor: by which it grows, at least 1.
       backoff_factor: by which it shrinks, in (0, 1].
       min_scale: its lower bound, above 0.
-      max_scale: its upper bound.
+      max_scale: its upper bound, at most 2^126.
 
     Raises:
       ValueError: for a value out of range.
@@ -189,7 +189,8 @@ def dynamic_loss_scale(tx: optax.GradientTransformation, initial_scale: float = 
     References:
       Micikevicius et al., Mixed Precision Training, 2018, arXiv:1710.03740.
     """
-    positive, at_least_one, fraction = Interval(low=1e-30), Interval(low=1.0), Interval(low=1e-30, high=1.0)
+    largest = 2.0**126
+    positive, at_least_one, fraction = Interval(low=1e-30, high=largest), Interval(low=1.0), Interval(low=1e-30, high=1.0)
 
     def number(value, accepted, argument):
         return check_scalar(value, accepted, "dynamic_loss_scale", argument, dynamic=False)
@@ -198,4 +199,4 @@ def dynamic_loss_scale(tx: optax.GradientTransformation, initial_scale: float = 
     return Transformation.of(DynamicLossScale(
         definition_of(tx, "dynamic_loss_scale"), number(initial_scale, positive, "initial_scale"), growth_interval,
         number(growth_factor, at_least_one, "growth_factor"), number(backoff_factor, fraction, "backoff_factor"),
-        number(min_scale, positive, "min_scale"), number(max_scale, Interval(low=float(min_scale)), "max_scale")))
+        number(min_scale, positive, "min_scale"), number(max_scale, Interval(low=float(min_scale), high=largest), "max_scale")))

@@ -44,6 +44,8 @@ def compute_dtype(*arrays: Any) -> np.dtype:
 
 def accumulator(param: jax.Array, dtype: np.dtype | None) -> np.dtype:
     """The dtype of a slot in which small amounts are to add up: as given, or the parameter's but at least float32."""
+    if dtype is None and jnp.issubdtype(param.dtype, jnp.complexfloating):
+        return param.dtype
     return compute_dtype(param) if dtype is None else dtype
 
 

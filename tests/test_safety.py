@@ -1,5 +1,8 @@
 """Steps that are not taken."""
 
+import dataclasses
+from typing import NamedTuple
+
 import cases
 import jax
 import jax.numpy as jnp
@@ -8,6 +11,7 @@ import optax
 import pytest
 
 import lionax
+from lionax.rule import Rule
 
 PARAMS = {"w": jnp.array([1.0, 2.0]), "b": jnp.array([0.5])}
 BAD = {"w": jnp.array([jnp.nan, 1.0]), "b": jnp.array([1.0])}
@@ -82,3 +86,80 @@ def test_devices_decide_alike():
 def test_bad_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_what_follows_a_gate_may_change_its_state():
+    """Some of Optax's do; only what changes no update is compiled into the ways of a gate."""
+    tx = lionax.partition({"a": lionax.skip_nonfinite(lionax.sgd(0.1), 5), "b": optax.adamw(0.1)}, {"x": "a", "y": "b"})
+    params = {"x": jnp.ones(2), "y": jnp.ones(2, jnp.bfloat16)}
+    with jax.numpy_dtype_promotion("standard"):
+        new, _ = jax.jit(tx.step)(params, tx.init(params), {"x": jnp.ones(2), "y": jnp.ones(2)})
+    np.testing.assert_allclose(new["x"], 0.9)
+    assert new["y"].dtype == jnp.bfloat16
+
+
+def test_a_program_grows_with_the_gates_no_faster_than_they():
+    sizes = []
+    for groups in (1, 2, 4):
+        params = {str(i): jnp.ones(3) for i in range(groups)}
+        tx = lionax.partition(dict.fromkeys(params, lionax.accumulate(lionax.sgd(0.1), 2)), {name: name for name in params})
+        sizes.append(len(jax.jit(tx.step).lower(params, tx.init(params), params).as_text().splitlines()))
+    assert sizes[2] - sizes[1] < 2.5 * (sizes[1] - sizes[0])
+
+
+@pytest.mark.parametrize("make", [lambda: lionax.skip_nonfinite(lionax.sgd(0.1), 5),
+                                  lambda: lionax.dynamic_loss_scale(lionax.sgd(0.1), 2.0)])
+def test_parameters_that_come_to_differ_between_devices(make):
+    """Inside `shard_map`: each device makes a step of its own, and then they add up."""
+    tx, params = make(), jnp.ones(4)
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+    step = jax.shard_map(lambda p, s, g: jax.lax.psum(tx.step(p, s, g)[0], "d"), mesh=mesh, in_specs=(spec(), spec(), spec("d")),
+                         out_specs=spec())
+    grads = jnp.arange(32.0)
+    scale = float(getattr(tx.init(params).rules, "loss_scale", 1.0))
+    np.testing.assert_allclose(jax.jit(step)(params, tx.init(params), grads), 8 - 0.1 * grads.reshape(8, 4).sum(0) / scale, rtol=1e-5)
+
+
+class Kept(NamedTuple):
+    kept: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Keep(Rule):
+    """Keeps a slot of some dtype."""
+
+    kind: str
+
+    def init(self, param):
+        return Kept(jnp.zeros(() if self.kind == "bool" else param.shape, self.kind))
+
+    def apply(self, update, slots, param, step):
+        return update, slots
+
+
+@pytest.mark.parametrize("kind", ["int32", "bool", "int4", "float8_e4m3fn", "bfloat16"])
+def test_a_large_window_with_slots_of_any_dtype(kind):
+    """Sums are set to zero after the slots are written, of which some cannot be looked at."""
+    tx = lionax.accumulate(lionax.chain(lionax.Transformation.of(Keep(kind)), lionax.sgd(1.0)), 2)
+    params = jnp.ones(1 << 14)
+    new, state = jax.jit(tx.step)(params, tx.init(params), params)
+    new, state = jax.jit(tx.step)(new, state, params)
+    np.testing.assert_array_equal(new, 0.0)
+    np.testing.assert_array_equal(state.rules.gradients, 0.0)
+
+
+@pytest.mark.parametrize("size", [3, 1 << 14])
+def test_complex_windows(size):
+    tx, params = lionax.accumulate(optax.sgd(0.5), 2), jnp.full(size, 1.0 + 2.0j)
+    step, carry = jax.jit(tx.step), (params, tx.init(params))
+    with jax.numpy_dtype_promotion("standard"):
+        for grads in (params, params, params, params.at[0].set(jnp.nan * 1j)):
+            carry = step(*carry, grads)
+    np.testing.assert_allclose(carry[0], params / 2)
+    assert int(carry[1].rules.dropped) == 1
+
+
+def test_loss_scales_without_a_reciprocal_are_refused():
+    with pytest.raises(ValueError, match=r"dynamic_loss_scale: .*max_scale"):
+        lionax.dynamic_loss_scale(lionax.sgd(0.1), max_scale=2.0**127)
