@@ -416,7 +416,7 @@ class _Passage:
         """Notes that a gate's part has come into the program, see `_settle`."""
         self.exits.append(len(self.program) - end)
         for leaf, update in enumerate(self.updates):
-            if self.program and self._last_change(leaf, start, end) is None and isinstance(update, jax.Array):
+            if self._last_change(leaf, start, end) is None and isinstance(update, jax.Array):
                 self.updates[leaf] = ordering.rounded(update, count)
 
     def part_behind(self, gate: Stage, state: State, extra: dict[str, Any]) -> _Part:
