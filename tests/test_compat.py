@@ -77,8 +77,8 @@ def inputs(entry, trace, call, state):
     return state, grads
 
 
-@pytest.mark.parametrize("mode", ["jitted step", "jitted update", pytest.param("step", marks=pytest.mark.slow),
-                                  pytest.param("update", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["jitted step", *(pytest.param(mode, marks=pytest.mark.slow)
+                                                   for mode in ("jitted update", "step", "update"))])
 @pytest.mark.parametrize("name", REPLAYED)
 def test_replay(name, mode):
     entry = OURS[name]

@@ -37,7 +37,7 @@ def test_state_and_params_keep_their_form_and_the_update_has_the_gradients(case,
 
 
 @EVERY_CASE
-@pytest.mark.parametrize("tree", ["nested", "none_leaves", "empty", "mixed"])
+@pytest.mark.parametrize("tree", ["nested", "none_leaves", *(pytest.param(tree, marks=pytest.mark.slow) for tree in ("empty", "mixed"))])
 def test_steps_run_in_scan(case, tree):
     tx, params = cases.CASES[case].make(), cases.TREES[tree]()
     state = tx.init(params)
