@@ -13,7 +13,11 @@ import pytest
 import lionax
 
 EVERY_CASE = pytest.mark.parametrize("case", cases.CASES)
-EVERY_TREE = pytest.mark.parametrize("tree", cases.TREES)
+
+
+def over(*names, slow=("array", "zero_size", "float16")):
+    """Trees; on some of them only the slow tests run."""
+    return pytest.mark.parametrize("tree", [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names])
 
 
 def structure(state):
@@ -22,7 +26,7 @@ def structure(state):
 
 
 @EVERY_CASE
-@EVERY_TREE
+@over(*cases.TREES)
 def test_state_and_params_keep_their_form_and_the_update_has_the_gradients(case, tree):
     tx, params = cases.CASES[case].make(), cases.TREES[tree]()
     state = tx.init(params)
@@ -37,7 +41,7 @@ def test_state_and_params_keep_their_form_and_the_update_has_the_gradients(case,
 
 
 @EVERY_CASE
-@pytest.mark.parametrize("tree", ["nested", "none_leaves", *(pytest.param(tree, marks=pytest.mark.slow) for tree in ("empty", "mixed"))])
+@over("nested", "none_leaves", "empty", "mixed", slow=("empty", "mixed"))
 def test_steps_run_in_scan(case, tree):
     tx, params = cases.CASES[case].make(), cases.TREES[tree]()
     state = tx.init(params)
@@ -51,7 +55,7 @@ def test_steps_run_in_scan(case, tree):
 
 
 @EVERY_CASE
-@pytest.mark.parametrize("tree", cases.FLOAT32)
+@over(*cases.FLOAT32)
 def test_step_is_update_and_apply_updates_bit_for_bit(case, tree):
     tx, params = cases.CASES[case].make(), cases.TREES[tree]()
 
