@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 import lionax
-from benchmarks.trees import filled
+from benchmarks.trees import arrays, filled
 
 __all__ = ["CASES", "Case", "Contender", "compiled", "optax_step"]
 
@@ -119,9 +119,8 @@ def torch(make: Callable[..., Any]) -> Build:
     def build(shapes: Any) -> Contender:
         import torch
 
-        sizes = jax.tree.leaves(shapes, is_leaf=lambda node: isinstance(node, tuple))
         device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-        params = [torch.nn.Parameter(torch.full(size, 0.5, device=device)) for size in sizes]
+        params = [torch.nn.Parameter(torch.full(leaf.shape, 0.5, device=device)) for leaf in jax.tree.leaves(arrays(shapes))]
         for param in params:
             param.grad = torch.full_like(param, 1e-3)
         optimizer = make(torch, params)

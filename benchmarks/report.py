@@ -72,11 +72,12 @@ def draw(rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:
     trees = list(dict.fromkeys(row.tree for row in steps))
     paths = []
     if steps:
-        paths.append(_bars([row for row in steps if row.tree == trees[0]], folder / "step.png", "time ÷ Optax's time",
+        first = [row for row in steps if row.tree == trees[0]]
+        paths.append(_bars(first, folder / "step.png", "time ÷ Optax's time",
                            f"One optimizer step, {trees[0]}", lambda row: row.to_optax))
-        paths.append(_bars([row for row in steps if row.tree == trees[0]], folder / "limit.png",
+        paths.append(_bars(first, folder / "limit.png",
                            "fewest bytes ÷ bandwidth ÷ time", f"Fraction of the memory's limit, {trees[0]}", lambda row: row.of_limit))
-        paths.append(_bars([row for row in steps if row.tree == trees[0]], folder / "memory.png", "temporary bytes ÷ bytes of parameters",
+        paths.append(_bars(first, folder / "memory.png", "temporary bytes ÷ bytes of parameters",
                            f"Memory beside parameters, state and gradients, {trees[0]}",
                            lambda row: None if row.temporary_bytes is None else row.temporary_bytes / (4 * row.parameters)))
     grown = [row for row in rows if row.table in ("parameters", "leaves")]

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-__all__ = ["QUICK", "TREES", "elements", "filled", "gpt2", "many_small", "mlp", "of_size", "vit"]
+__all__ = ["QUICK", "TREES", "arrays", "elements", "filled", "gpt2", "many_small", "mlp", "of_size", "vit"]
 
 
 def gpt2(layers: int = 12, width: int = 768, vocabulary: int = 16_000, context: int = 1024) -> dict[str, Any]:
@@ -50,8 +50,12 @@ QUICK: dict[str, Callable[[], dict[str, Any]]] = {"gpt2": lambda: gpt2(4, 256, 4
 
 def elements(shapes: Any) -> int:
     """How many numbers a tree of shapes holds."""
-    leaves = jax.tree.leaves(jax.eval_shape(lambda: filled(shapes, 0.0)))
-    return sum(leaf.size for leaf in leaves)
+    return sum(leaf.size for leaf in jax.tree.leaves(arrays(shapes)))
+
+
+def arrays(shapes: Any) -> Any:
+    """The arrays that `filled` would make, without their elements."""
+    return jax.eval_shape(lambda: filled(shapes, 0.0))
 
 
 def filled(shapes: Any, value: float) -> Any:

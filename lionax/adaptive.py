@@ -40,8 +40,9 @@ class ScaleByAdam(Rule):
     def init(self, param: jax.Array) -> ScaleByAdamState:
         return ScaleByAdamState(mu=storage.zeros(param, self.mu_dtype), nu=storage.zeros(param, self.nu_dtype))
 
-    def prepare(self, count: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return debiasing(self.b1, count + 1, dtype), debiasing(self.b1, count + 2, dtype), debiasing(self.b2, count + 1, dtype)
+    def prepare(self, count: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+        of_next_mu = debiasing(self.b1, count + 2, dtype) if self.nesterov else None
+        return debiasing(self.b1, count + 1, dtype), of_next_mu, debiasing(self.b2, count + 1, dtype)
 
     def apply(self, update: jax.Array, slots: ScaleByAdamState, param: Any, step: Step) -> tuple[jax.Array, ScaleByAdamState]:
         of_mu, of_next_mu, of_nu = step.shared

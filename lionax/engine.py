@@ -4,8 +4,8 @@
 through all rules in the compute dtype, and rounded to its own dtype once, at the end. Before a sweep that begins with a
 norm over the tree, that norm is taken.
 
-A gate, as that of `accumulate`, runs another definition in some steps only. In `step` the parameters are
-written in its branches, and what a branch does not change stays where it lies.
+A gate, as that of `accumulate`, runs another definition in some steps only. In `step` the parameters are written in its
+branches, and what a branch does not change stays where it lies.
 
 Whatever is not math of one array happens here: missing leaves, casts, hyperparameters, checks with the leaf's name.
 """
@@ -131,7 +131,7 @@ class _Passage:
         self.owners: list[tuple[_Part, int]] = []  # for each stage its part, and its index there
         self.states: list[Any] = []  # of each stage
         self.exits: list[int] = []  # for each gate whose part is in the program, how many stages follow the part
-        self.settled: list[set[int]] = []  # for each leaf the stages after which its update leaves such a part
+        self.settled: list[set[int | None]] = []  # for each leaf the stages after which its update leaves such a part
         self.rules: dict[Any, Rule] = {}
         self.functions: dict[Any, Callable[..., tuple[jax.Array, Any]]] = {}
 
@@ -156,17 +156,12 @@ class _Passage:
     def run(self, start: int, write: bool) -> list[Any]:
         """Carries the updates through the stages from ``start`` on; returns them, or the new parameters."""
         groups = sweeps(self.program, start)
-        self.settled = [{last for ends in self.exits if (last := self._last_change(leaf, start, len(self.program) - ends)) is not None}
-                        for leaf in range(len(self.updates))]
+        lasts = [self._last_changes(start, len(self.program) - ends) for ends in self.exits]
+        self.settled = [{last[leaf] for last in lasts} for leaf in range(len(self.updates))]
         for group in groups:
-            if isinstance(self.program[group[0]].rule, Gate):
-                if write and self._is_best_merged(group[0]):
-                    return self._through_gate(group[0], write)
-                self._through_gate(group[0], False)
-                if write and group is groups[-1]:
-                    self._write()
-            else:
-                self.sweep(group, write and group is groups[-1])
+            if write and isinstance(self.program[group[0]].rule, Gate) and self._is_best_merged(group[0]):
+                return self._through_gate(group[0], write)
+            self.sweep(group, write and group is groups[-1])
         if write and not groups:
             self._write()
         return self.written if write else self.in_dtype_of_gradients()
@@ -179,7 +174,10 @@ class _Passage:
     def sweep(self, group: list[int], write: bool = False) -> None:
         """Carries every leaf through the stages with these indices, and may add the updates to the parameters then."""
         if self.program[group[0]].tree_wide:
-            self._foreign(group[0])
+            if isinstance(self.program[group[0]].rule, Gate):
+                self.updates = self._through_gate(group[0], write=False)
+            else:
+                self._foreign(group[0])
             if write:
                 self._write()
             return
@@ -336,14 +334,18 @@ class _Passage:
             self.updates[leaf], self.dtypes[leaf] = None, None
         return slots
 
-    def _last_change(self, leaf: int, start: int, stop: int) -> int | None:
-        """The last of some stages that changes the update of a leaf."""
-        stages = [i for i in range(start, stop) if self.program[i].active[leaf]]
-        return max((i for i in stages if self.program[i].tree_wide or self.program[i].rule.changes_update), default=None)
+    def _last_changes(self, start: int, stop: int) -> list[int | None]:
+        """For each leaf the last of some stages that changes its update."""
+        last: list[int | None] = [None] * len(self.updates)
+        for i in range(start, stop):
+            stage = self.program[i]
+            if stage.tree_wide or stage.rule.changes_update:
+                last = [i if active else before for active, before in zip(stage.active, last, strict=True)]
+        return last
 
     def _settle(self, i: int, leaf: int) -> None:
         """Rounds an update where it leaves what a gate runs: in `update` a branch ends there, and `step` is to be the same."""
-        if self.settled[leaf] and i in self.settled[leaf]:
+        if i in self.settled[leaf]:
             self.updates[leaf] = ordering.rounded(self.updates[leaf], self.owners[i][0].count)
 
     def replace_updates(self, stage: Stage, tree: Any) -> None:
@@ -408,16 +410,14 @@ class _Passage:
         else:
             out, states = jax.lax.switch(choice, [functools.partial(take, way) for way in ways], out, states)
         self.states[i:i + len(states)] = states
-        out = [old if new is None else new for old, new in zip(self.param if write else self.updates, out, strict=True)]
-        self.updates = self.updates if write else out
-        return out
+        return [old if new is None else new for old, new in zip(self.param if write else self.updates, out, strict=True)]
 
     def enter(self, start: int, end: int, count: jax.Array) -> None:
         """Notes that a gate's part has come into the program, see `_settle`."""
         self.exits.append(len(self.program) - end)
-        for leaf, update in enumerate(self.updates):
-            if self._last_change(leaf, start, end) is None and isinstance(update, jax.Array):
-                self.updates[leaf] = ordering.rounded(update, count)
+        for leaf, last in enumerate(self._last_changes(start, end)):
+            if last is None and isinstance(self.updates[leaf], jax.Array):
+                self.updates[leaf] = ordering.rounded(self.updates[leaf], count)
 
     def part_behind(self, gate: Stage, state: State, extra: dict[str, Any]) -> _Part:
         """What a gate runs."""

@@ -62,6 +62,11 @@ def after(zero: jax.Array, slot: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(lax.bitcast_convert_type(slot, integer) + zero.astype(integer), slot.dtype)
 
 
+@after.defjvp
+def _after_jvp(primals, tangents):
+    return after(*primals), tangents[1]
+
+
 def rounded(value: jax.Array, count: jax.Array) -> jax.Array:
     """A value, to be rounded before it is used: the compiler fuses no product in it with a sum that follows.
 
@@ -70,11 +75,6 @@ def rounded(value: jax.Array, count: jax.Array) -> jax.Array:
       count: an int32 scalar, not negative.
     """
     return after(jnp.equal(count, jnp.iinfo(jnp.int32).min).astype(jnp.int32), value)
-
-
-@after.defjvp
-def _after_jvp(primals, tangents):
-    return after(*primals), tangents[1]
 
 
 _zero = Primitive("zero_once_written")

@@ -4,7 +4,6 @@ import json
 import re
 
 import jax
-import jax.numpy as jnp
 import pytest
 import test_optax
 
@@ -49,10 +48,6 @@ def test_bad_options(capsys):
     assert "--trees: oak: give some of gpt2" in capsys.readouterr().err
 
 
-def shapes_of(tree):
-    return jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), tree, is_leaf=lambda node: isinstance(node, tuple))
-
-
 # Loops that write an array as large as the leaf, for each large leaf: the parameter, the slots, and LAMB's update.
 STRUCTURE = {
     "lion": (lambda: lionax.lion(1e-3), 2, 0), "clip": (lambda: lionax.chain(lionax.clip_by_global_norm(1.0), lionax.lion(1e-3)), 2, 0),
@@ -65,7 +60,7 @@ STRUCTURE = {
 @pytest.mark.parametrize("name", STRUCTURE)
 def test_structure_of_the_compiled_step(name):
     make, loops, sums = STRUCTURE[name]
-    tx, params = make(), shapes_of(trees.gpt2())
+    tx, params = make(), trees.arrays(trees.gpt2())
     state = jax.eval_shape(tx.init, params)
     program = jax.jit(tx.step, donate_argnums=(0, 1)).lower(params, state, params).compile()
     memory, leaves = program.memory_analysis(), jax.tree.leaves(params)
