@@ -108,8 +108,8 @@ class ScaleByTrustRatio(Rule):
         both_positive = jnp.minimum(param_norm, update_norm) > 0.0
         # Both are replaced, not their ratio: a derivative where it is not used would be NaN. A division last is also made once for the
         # leaf; the compiler would repeat a choice for each element, and keep both norms for it.
-        dividend = jnp.where(both_positive, self.trust_coefficient * param_norm, jnp.ones_like(param_norm))
-        divisor = jnp.where(both_positive, update_norm + self.eps, jnp.ones_like(update_norm))
+        dividend = jax.lax.select(both_positive, self.trust_coefficient * param_norm, jnp.ones_like(param_norm))
+        divisor = jax.lax.select(both_positive, update_norm + self.eps, jnp.ones_like(update_norm))
         return update * (dividend / divisor), slots
 
 

@@ -311,7 +311,7 @@ class _Passage:
             def function(update, stored, param, tree_norms):
                 measured = tuple(norm.astype(update.dtype) for norm in tree_norms) if rule.scope == "tree" else ()
                 if rule.scope == "leaf":
-                    measured = tuple(norms.joint_norm([array]) for array in rule.measure(update, param))
+                    measured = norms.norm_of_each(rule.measure(update, param))
                 loaded = jax.tree.map(lambda slot: storage.load(slot, update.dtype), stored)
                 update, slots = rule.apply(update, loaded, param, Step(count, measured, shared))
                 return update, jax.tree.map(storage.store, slots, stored)

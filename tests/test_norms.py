@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lionax
-from lionax.norms import in_few_passes, in_one_pass, joint_norm
+from lionax.norms import in_few_passes, in_one_pass, joint_norm, norm_of_each
 
 
 def norm(*arrays):
@@ -85,6 +85,38 @@ def test_derivative(x):
     slope = jax.grad(lambda x: joint_norm([x]))(x)
     np.testing.assert_allclose(slope, [0.6, 0.8], rtol=1e-6)
     assert jax.jvp(lambda x: joint_norm([x]), (x,), (x,))[1] == pytest.approx(float(joint_norm([x])), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", EXTREME)
+def test_each_by_itself_at_every_magnitude(name):
+    x = jnp.array(EXTREME[name], jnp.float32)
+    for each in (norm_of_each, jax.jit(norm_of_each)):
+        for norm_of_one, array in zip(each((x, x[::-1] * 0.5)), (x, x[::-1] * 0.5), strict=True):
+            assert float(norm_of_one) == pytest.approx(norm(array), rel=1e-6, abs=1.2e-38)
+
+
+@pytest.mark.parametrize("shapes", [((), ()), ((0,), (0,)), ((33,), (33,)), ((64, 128), (64, 128)), ((64, 129), (64, 129)), ((3,), (4,)),
+                                    ((3, 4), (4, 3)), ((5,), (5,), (5,)), ((300, 300), (300, 300))])
+def test_each_by_itself(shapes):
+    """Alike and small arrays share a loop on the CPU; that is not to be seen."""
+    arrays = [jnp.asarray(cases.normal(*shape, seed=i)) for i, shape in enumerate(shapes)]
+    exact = [np.linalg.norm(np.asarray(x, np.float64)) for x in arrays]
+    np.testing.assert_allclose(jax.jit(norm_of_each)(arrays), exact, rtol=2e-7)
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(jax.jit(norm_of_each)([x.astype(jnp.float64) for x in arrays]), exact, rtol=1e-14)
+
+
+def test_each_by_itself_does_not_spread_nan():
+    nan, two = jax.jit(norm_of_each)((jnp.array([jnp.nan, 1.0]), jnp.array([0.0, 2.0])))
+    assert np.isnan(nan)
+    assert two == 2.0
+
+
+def test_derivative_and_vmap_of_each_by_itself():
+    x, y = jnp.array([3.0, 4.0]), jnp.array([0.0, 2.0])
+    rows = jax.jacobian(lambda x, y: jnp.stack(norm_of_each((x, y))), (0, 1))(x, y)
+    np.testing.assert_allclose(rows, [[[0.6, 0.8], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]], rtol=1e-6)
+    np.testing.assert_allclose(jax.vmap(lambda x: jnp.stack(norm_of_each((x, y))))(jnp.stack([x, y])), [[5.0, 2.0], [2.0, 2.0]], rtol=1e-6)
 
 
 def test_derivative_at_zero_is_zero():
@@ -172,7 +204,7 @@ def test_each_norm_is_taken_once():
 
     def sums(tx):
         text = jax.jit(tx.update).lower(params, tx.init(params), params).compile().as_text()
-        return len(re.findall(r"= f(?:32|64)\[\]\S* reduce\(", text))
+        return sum(len(re.findall(r"f(?:32|64)\[\]", results)) for results in re.findall(r"= (\(.*?\)|\S+) reduce\(", text))
 
     assert sums(lionax.lamb(0.1)) == 20
     with jax.numpy_dtype_promotion("standard"):
