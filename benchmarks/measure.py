@@ -17,6 +17,8 @@ from benchmarks import peers, trees
 
 __all__ = ["Row", "bandwidth", "compile_rows", "eager_row", "growth", "in_turns", "many_small_row", "step_rows"]
 
+PAIRS = {"lion": (lionax.lion(1e-3), optax.lion(1e-3)), "lamb": (lionax.lamb(1e-3), optax.lamb(1e-3))}
+
 
 @dataclasses.dataclass
 class Row:
@@ -89,28 +91,35 @@ def bandwidth(size: int, repeats: int = 20) -> float:
 
 def _rows(table: str, case: str, tree: str, parameters: int, built: Mapping[str, peers.Contender], times: Mapping[str, float],
           limit_ms: float | None = None) -> Iterator[Row]:
+    """What was measured of each contender."""
     for name, contender in built.items():
         ratio = times[name] / times["Optax"] if "Optax" in times else None
         yield Row(table, case, tree, name, parameters, times[name], ratio, limit_ms and limit_ms / times[name], contender.temporary_bytes,
                   page_faults(contender.run) if table == "step" else None, contender.seconds_to_compile, contender.lines)
 
 
+def _steps(built: Mapping[str, peers.Contender], repeats: int) -> dict[str, float]:
+    return in_turns({name: one.run for name, one in built.items()}, repeats)
+
+
 def step_rows(name: str, tree: str, shapes: Any, best: float, repeats: int) -> Iterator[Row]:
     """A case of `peers.CASES` over a tree."""
     case, parameters = peers.CASES[name], trees.elements(shapes)
     built = {contender: build(shapes) for contender, build in case.available().items()}
-    times = in_turns({contender: one.run for contender, one in built.items()}, repeats)
+    times = _steps(built, repeats)
     limit = None if case.fewest_bytes is None else 1e3 * case.fewest_bytes * parameters / best
     yield from _rows("step", name, tree, parameters, built, times, limit)
 
 
 def many_small_row(leaves: int, repeats: int) -> Iterator[Row]:
-    """A tree of many small leaves, dispatch included; beside a step that returns what it is given."""
+    """A tree of many small leaves, dispatch included; beside a step that returns what it is given, and one that `optax.flatten`
+    gives all leaves as one, so that the state is one array.
+    """
     shapes = trees.many_small(leaves)
     built = {"lionax": peers.ours(lionax.lion(1e-3))(shapes), "Optax": peers.theirs(optax.lion(1e-3))(shapes),
+             "lionax, flattened": peers.theirs(optax.flatten(lionax.lion(1e-3)))(shapes),
              "nothing": peers.of_jax(lambda params, state, grads: (params, state), lionax.lion(1e-3).init)(shapes)}
-    times = in_turns({name: one.run for name, one in built.items()}, repeats)
-    yield from _rows("small leaves", "lion", f"{leaves} leaves", trees.elements(shapes), built, times)
+    yield from _rows("small leaves", "lion", f"{leaves} leaves", trees.elements(shapes), built, _steps(built, repeats))
 
 
 def compile_rows(leaves: int, repeats: int) -> Iterator[Row]:
@@ -132,11 +141,9 @@ def eager_row(repeats: int) -> Iterator[Row]:
     """``update`` outside of jit, over a small tree."""
     shapes = trees.gpt2(1, 32, 64, 16)
     params, grads = trees.filled(shapes, 0.5), trees.filled(shapes, 1e-3)
-    for case, pair in {"lion": (lionax.lion(1e-3), optax.lion(1e-3)), "lamb": (lionax.lamb(1e-3), optax.lamb(1e-3))}.items():
-        runs = {name: _eager(tx, params, grads) for name, tx in zip(("lionax", "Optax"), pair, strict=True)}
-        times = in_turns(runs, repeats)
-        built = {name: peers.Contender(run) for name, run in runs.items()}
-        yield from _rows("eager", case, "one block", trees.elements(shapes), built, times)
+    for case, pair in PAIRS.items():
+        built = {name: peers.Contender(_eager(tx, params, grads)) for name, tx in zip(("lionax", "Optax"), pair, strict=True)}
+        yield from _rows("eager", case, "one block", trees.elements(shapes), built, _steps(built, repeats))
 
 
 def _eager(tx: Any, params: Any, grads: Any) -> Callable[[], None]:
@@ -146,10 +153,10 @@ def _eager(tx: Any, params: Any, grads: Any) -> Callable[[], None]:
 
 def growth(sizes: list[int], leaves: list[int], repeats: int) -> Iterator[Row]:
     """Lion and LAMB over more parameters, in 16 leaves, and over more leaves, of 64 elements."""
-    for case, pair in {"lion": (lionax.lion(1e-3), optax.lion(1e-3)), "lamb": (lionax.lamb(1e-3), optax.lamb(1e-3))}.items():
+    for case, pair in PAIRS.items():
         for table, shapes in [*(("parameters", trees.of_size(size, 16)) for size in sizes),
                               *(("leaves", trees.many_small(count)) for count in leaves)]:
             built = {"lionax": peers.ours(pair[0])(shapes), "Optax": peers.theirs(pair[1])(shapes)}
             short = trees.elements(shapes) <= 10**6
-            times = in_turns({name: one.run for name, one in built.items()}, 20 * repeats if short else repeats)
+            times = _steps(built, 20 * repeats if short else repeats)
             yield from _rows(table, case, f"{len(shapes)} leaves", trees.elements(shapes), built, times)

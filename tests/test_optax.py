@@ -125,8 +125,8 @@ def test_multi_steps():
     cases.assert_equal(ours, peer, rtol=1e-6)
 
 
-def test_masked_and_apply_if_finite():
-    for wrap in (lambda tx: optax.masked(tx, {"w": True, "b": False}), lambda tx: optax.apply_if_finite(tx, 3)):
+def test_masked_apply_if_finite_and_flatten():
+    for wrap in (lambda tx: optax.masked(tx, {"w": True, "b": False}), lambda tx: optax.apply_if_finite(tx, 3), optax.flatten):
         cases.assert_equal(run(wrap(lionax.lion(0.1)))[0], run(wrap(optax.lion(0.1)))[0])
 
 
