@@ -17,7 +17,7 @@ from lionax import storage
 __all__ = ["all_finite", "in_few_passes", "in_one_pass", "joint_norm", "norm_of_each", "varying_axes"]
 
 
-_LARGE = 1 << 16  # elements, from which on a sum in float64 costs more than a branch
+_LARGE = 1 << 14  # elements, from which on a sum in float64 costs more than a branch
 _SMALL = 1 << 13  # elements, up to which a loop for two sums at once takes no longer than the up to eight loops of two sums
 
 
@@ -82,10 +82,8 @@ def _pairwise(values: Sequence[jax.Array]) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=1)
 def _norms(groups: tuple[tuple[jax.Array, ...], ...], dtype: np.dtype) -> tuple[jax.Array, ...]:
     """The joint norm of each group."""
-    def on_cpu(groups):
-        return _in_one_loop(groups) if _are_small_and_alike(groups, dtype) else tuple(in_few_passes(group, dtype) for group in groups)
-
-    return lax.platform_dependent(groups, cpu=on_cpu, default=lambda groups: tuple(in_one_pass(group, dtype) for group in groups))
+    return lax.platform_dependent(groups, cpu=functools.partial(in_few_passes, dtype=dtype),
+                                  default=functools.partial(in_one_pass, dtype=dtype))
 
 
 @_norms.defjvp
@@ -121,38 +119,39 @@ def _sum_of_squares(arrays: Sequence[jax.Array], scale: Callable[[jax.Array], ja
     return _total([jnp.sum(jnp.square(scale(x.astype(dtype)))) for x in arrays], dtype)
 
 
-def in_few_passes(arrays: tuple[jax.Array, ...], dtype: np.dtype) -> jax.Array:
-    """For the CPU, whose compiler makes one pass over memory, and one program, of each reduction.
+def in_few_passes(groups: Sequence[Sequence[jax.Array]], dtype: np.dtype) -> tuple[jax.Array, ...]:
+    """The joint norm of each group, for the CPU, whose compiler makes one pass over memory, and one program, of each reduction.
 
     A small array is summed in float64, in which no square of a float32 is out of range. That takes twice the time of a sum in
     float32, so of many arrays, or a large one, a sum in float32 is tried first.
     """
     if dtype == jnp.float64:
-        return in_one_pass(arrays, dtype)
-    if len(arrays) == 1 and arrays[0].size < _LARGE:
-        return _in_double(arrays)
-    plain = _sum_of_squares(arrays, lambda x: x, dtype)
-    return lax.cond(_factor_for(plain) == 1, lambda: jnp.sqrt(plain), lambda: _in_double(arrays))
+        return in_one_pass(groups, dtype)
+    if all(len(group) == 1 and group[0].size < _LARGE for group in groups):
+        return _in_one_loop(groups) if _are_small_and_alike(groups) else _in_double(groups)
+    plain = [_sum_of_squares(group, lambda x: x, dtype) for group in groups]
+    fits = functools.reduce(lax.bitwise_and, [_factor_for(total) == 1 for total in plain])
+    return lax.cond(fits, lambda: tuple(map(jnp.sqrt, plain)), lambda: _in_double(groups))
 
 
-def _are_small_and_alike(groups: tuple[tuple[jax.Array, ...], ...], dtype: np.dtype) -> bool:
-    arrays = [array for group in groups for array in group]
-    if dtype == jnp.float64 or not len(arrays) == len(groups) > 1 or any(map(varying_axes, arrays)):
-        return False
-    return len({array.shape for array in arrays}) == 1 and arrays[0].size <= _SMALL
+def _are_small_and_alike(groups: Sequence[Sequence[jax.Array]]) -> bool:
+    arrays = [array for (array,) in groups]
+    alike = len({array.shape for array in arrays}) == 1 and not any(map(varying_axes, arrays))
+    return len(arrays) > 1 and alike and arrays[0].size <= _SMALL
 
 
-def _in_one_loop(groups: tuple[tuple[jax.Array], ...]) -> tuple[jax.Array, ...]:
-    """In float64, for groups of one small array each, all of one shape: one loop adds up all of them."""
+def _in_one_loop(groups: Sequence[Sequence[jax.Array]]) -> tuple[jax.Array, ...]:
+    """In float64, for groups of one array each, all of one shape: one loop adds up all of them."""
     with jax.enable_x64(True):
         squares = [jnp.square(array.astype(jnp.float64)) for (array,) in groups]
         sums = lax.reduce(squares, [np.float64(0)] * len(squares), lambda a, b: list(map(lax.add, a, b)), range(squares[0].ndim))
         return tuple(_bounded(jnp.sqrt(total), jnp.dtype(jnp.float32)) for total in sums)
 
 
-def _in_double(arrays: tuple[jax.Array, ...]) -> jax.Array:
+def _in_double(groups: Sequence[Sequence[jax.Array]]) -> tuple[jax.Array, ...]:
     with jax.enable_x64(True):
-        return _bounded(jnp.sqrt(_sum_of_squares(arrays, lambda x: x, jnp.dtype(jnp.float64))), jnp.dtype(jnp.float32))
+        sums = [_sum_of_squares(group, lambda x: x, jnp.dtype(jnp.float64)) for group in groups]
+        return tuple(_bounded(jnp.sqrt(total), jnp.dtype(jnp.float32)) for total in sums)
 
 
 def _bounded(norm: jax.Array, dtype: np.dtype) -> jax.Array:
@@ -160,8 +159,14 @@ def _bounded(norm: jax.Array, dtype: np.dtype) -> jax.Array:
     return lax.select(lax.is_finite(norm), lax.min(norm, jnp.asarray(jnp.finfo(dtype).max, norm.dtype)), norm).astype(dtype)
 
 
-def in_one_pass(arrays: tuple[jax.Array, ...], dtype: np.dtype) -> jax.Array:
-    """For compilers that make one pass of three sums, of which one is used; a branch would make the host wait for its condition."""
+def in_one_pass(groups: Sequence[Sequence[jax.Array]], dtype: np.dtype) -> tuple[jax.Array, ...]:
+    """As `in_few_passes`, for compilers that make one pass of three sums, of which one is used; a branch would make the host wait
+    for its condition.
+    """
+    return tuple(_of_three_sums(group, dtype) for group in groups)
+
+
+def _of_three_sums(arrays: Sequence[jax.Array], dtype: np.dtype) -> jax.Array:
     (up, down), width = _factors(dtype), _width(dtype)
     plain = _sum_of_squares(arrays, lambda x: x, dtype)
     # The bounds never bind where a sum is used. They stand there because XLA would make (x·c)·(x·c) into (x·x)·(c·c), whose

@@ -34,7 +34,7 @@ def test_every_magnitude(name, form):
     exact = np.linalg.norm(x.astype(np.float64))
     for arrays in ((x,), (x[: len(x) // 2], x[len(x) // 2:]), (np.append(np.zeros((1 << 17) - len(x), np.float32), x),)):
         finite = min(exact, float(np.finfo(np.float32).max))
-        one = jax.jit(functools.partial(form, dtype=jnp.dtype(jnp.float32)))(tuple(map(jnp.asarray, arrays)))
+        (one,) = jax.jit(functools.partial(form, dtype=jnp.dtype(jnp.float32)))((tuple(map(jnp.asarray, arrays)),))
         # XLA on the CPU flushes subnormal numbers to zero.
         assert float(one) == pytest.approx(finite, rel=1e-6, abs=1.2e-38)
         assert norm(*arrays) == pytest.approx(finite, rel=1e-6, abs=1.2e-38)
