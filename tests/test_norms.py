@@ -95,7 +95,7 @@ def test_each_by_itself_at_every_magnitude(name):
             assert float(norm_of_one) == pytest.approx(norm(array), rel=1e-6, abs=1.2e-38)
 
 
-@pytest.mark.parametrize("shapes", [((), ()), ((0,), (0,)), ((33,), (33,)), ((64, 128), (64, 128)), ((64, 129), (64, 129)), ((3,), (4,)),
+@pytest.mark.parametrize("shapes", [((), ()), ((0,), (0,)), ((33,), (33,)), ((63, 65), (63, 65)), ((64, 64), (64, 64)), ((3,), (4,)),
                                     ((3, 4), (4, 3)), ((5,), (5,), (5,)), ((300, 300), (300, 300))])
 def test_each_by_itself(shapes):
     """Alike and small arrays share a loop on the CPU; that is not to be seen."""
