@@ -116,9 +116,10 @@ def many_small_row(leaves: int, repeats: int) -> Iterator[Row]:
     gives all leaves as one, so that the state is one array.
     """
     shapes = trees.many_small(leaves)
-    built = {"lionax": peers.ours(lionax.lion(1e-3))(shapes), "Optax": peers.theirs(optax.lion(1e-3))(shapes),
-             "lionax, flattened": peers.theirs(optax.flatten(lionax.lion(1e-3)))(shapes),
-             "nothing": peers.of_jax(lambda params, state, grads: (params, state), lionax.lion(1e-3).init)(shapes)}
+    ours, theirs = PAIRS["lion"]
+    built = {"lionax": peers.ours(ours)(shapes), "Optax": peers.theirs(theirs)(shapes),
+             "lionax, flattened": peers.theirs(optax.flatten(ours))(shapes),
+             "nothing": peers.of_jax(lambda params, state, grads: (params, state), ours.init)(shapes)}
     yield from _rows("small leaves", "lion", f"{leaves} leaves", trees.elements(shapes), built, _steps(built, repeats))
 
 

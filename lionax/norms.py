@@ -128,30 +128,34 @@ def in_few_passes(groups: Sequence[Sequence[jax.Array]], dtype: np.dtype) -> tup
     if dtype == jnp.float64:
         return in_one_pass(groups, dtype)
     if all(len(group) == 1 and group[0].size < _LARGE for group in groups):
-        return _in_one_loop(groups) if _are_small_and_alike(groups) else _in_double(groups)
+        return _in_double(groups)
     plain = [_sum_of_squares(group, lambda x: x, dtype) for group in groups]
     fits = functools.reduce(lax.bitwise_and, [_factor_for(total) == 1 for total in plain])
     return lax.cond(fits, lambda: tuple(map(jnp.sqrt, plain)), lambda: _in_double(groups))
 
 
-def _are_small_and_alike(groups: Sequence[Sequence[jax.Array]]) -> bool:
-    arrays = [array for (array,) in groups]
-    alike = len({array.shape for array in arrays}) == 1 and not any(map(varying_axes, arrays))
-    return len(arrays) > 1 and alike and arrays[0].size < _SMALL
-
-
-def _in_one_loop(groups: Sequence[Sequence[jax.Array]]) -> tuple[jax.Array, ...]:
-    """In float64, for groups of one array each, all of one shape: one loop adds up all of them."""
-    with jax.enable_x64(True):
-        squares = [jnp.square(array.astype(jnp.float64)) for (array,) in groups]
-        sums = lax.reduce(squares, [np.float64(0)] * len(squares), lambda a, b: list(map(lax.add, a, b)), range(squares[0].ndim))
-        return tuple(_bounded(jnp.sqrt(total), jnp.dtype(jnp.float32)) for total in sums)
-
-
 def _in_double(groups: Sequence[Sequence[jax.Array]]) -> tuple[jax.Array, ...]:
+    double = jnp.dtype(jnp.float64)
     with jax.enable_x64(True):
-        sums = [_sum_of_squares(group, lambda x: x, jnp.dtype(jnp.float64)) for group in groups]
+        if _are_small_and_alike(groups):
+            sums = _in_one_loop([jnp.square(array.astype(double)) for (array,) in groups])
+        else:
+            sums = [_sum_of_squares(group, lambda x: x, double) for group in groups]
         return tuple(_bounded(jnp.sqrt(total), jnp.dtype(jnp.float32)) for total in sums)
+
+
+def _are_small_and_alike(groups: Sequence[Sequence[jax.Array]]) -> bool:
+    """Whether the groups are several, of one small array each, all of one shape and on every device the same."""
+    arrays = [array for group in groups for array in group]
+    if not len(groups) == len(arrays) > 1 or any(map(varying_axes, arrays)):
+        return False
+    return len({array.shape for array in arrays}) == 1 and arrays[0].size < _SMALL
+
+
+def _in_one_loop(arrays: Sequence[jax.Array]) -> Sequence[jax.Array]:
+    """The sum of every array, of arrays of one shape and dtype."""
+    zero = np.zeros((), arrays[0].dtype)
+    return lax.reduce(arrays, [zero] * len(arrays), lambda a, b: list(map(lax.add, a, b)), range(arrays[0].ndim))
 
 
 def _bounded(norm: jax.Array, dtype: np.dtype) -> jax.Array:

@@ -41,14 +41,14 @@ def zero_once_written(*written: jax.Array) -> jax.Array:
     return _zero.bind(*map(lax.stop_gradient, written))
 
 
-def _is_plain(dtype: Any) -> bool:
+def _can_be_looked_at(dtype: Any) -> bool:
     info = jnp.finfo if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else None
     return info is not None and info(dtype).bits >= 8
 
 
 def zeros_once_written(like: jax.Array, *written: jax.Array) -> jax.Array:
     """Zeros in the place of a floating-point array, made once those of some arrays are whose elements can be looked at."""
-    written = tuple(array for array in written if array.size and _is_plain(array.dtype))
+    written = tuple(array for array in written if array.size and _can_be_looked_at(array.dtype))
     integer = _INTEGERS[like.dtype.itemsize]
     return lax.bitcast_convert_type(jnp.broadcast_to(zero_once_written(*written).astype(integer), like.shape), like.dtype)
 
