@@ -256,10 +256,7 @@ class _Passage:
         """
         waits = any(self.program[i].rule.scope == "leaf" for i in acting[1:])
         if waits and before is not None:
-            zero = ordering.zero_once_written(before)
-            self.updates[leaf] = ordering.after(zero, self.updates[leaf])
-            for i in acting:
-                slots[i][leaf] = jax.tree.map(functools.partial(ordering.after, zero), slots[i][leaf])
+            self.updates[leaf] = ordering.after(before, self.updates[leaf])
         arrived, stored = self.updates[leaf], {i: slots[i][leaf] for i in acting}
         for i in acting:
             slots[i][leaf] = self._apply(i, leaf, slots[i][leaf], shared)
@@ -281,10 +278,10 @@ class _Passage:
         if any(rules[i].needs_params or rules[i].scope == "leaf" for i in again):
             return  # the parameter is written by then, and a norm would be taken twice
         # The arrived update goes the same way as the slots: a sum of two products is else rounded otherwise than in the first run.
-        zero, update = ordering.zero_once_written(done), self.updates[leaf]
-        self.updates[leaf] = ordering.after(zero, arrived)
+        update = self.updates[leaf]
+        self.updates[leaf], stored = ordering.after(done, (arrived, stored))
         for i in again:
-            new = self._apply(i, leaf, jax.tree.map(functools.partial(ordering.after, zero), stored[i]), shared)
+            new = self._apply(i, leaf, stored[i], shared)
             if i in readers:
                 slots[i][leaf] = new
         self.updates[leaf] = update

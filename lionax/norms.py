@@ -108,10 +108,14 @@ def _width(dtype: np.dtype) -> int:
     return jnp.finfo(dtype).maxexp // 128
 
 
+def _range(dtype: np.dtype) -> tuple[float, float]:
+    """Between which bounds a plain sum of squares has lost nothing to underflow or overflow."""
+    return 2.0 ** (-60 * _width(dtype)), 2.0 ** (100 * _width(dtype))
+
+
 def _factor_for(total: jax.Array) -> jax.Array:
     """The factor to use where the plain sum of squares is ``total``; NaN and inf belong to the large."""
-    up, down = _factors(total.dtype)
-    low, high = 2.0 ** (-60 * _width(total.dtype)), 2.0 ** (100 * _width(total.dtype))
+    (low, high), (up, down) = _range(total.dtype), _factors(total.dtype)
     return jnp.where(total < high, jnp.where(total > low, 1.0, up), down).astype(total.dtype)
 
 
@@ -123,25 +127,32 @@ def in_few_passes(groups: Sequence[Sequence[jax.Array]], dtype: np.dtype) -> tup
     """The joint norm of each group, for the CPU, whose compiler makes one pass over memory, and one program, of each reduction.
 
     A small array is summed in float64, in which no square of a float32 is out of range. That takes twice the time of a sum in
-    float32, so of many arrays, or a large one, a sum in float32 is tried first.
+    float32, so of the large ones a sum in float32 is tried first.
     """
     if dtype == jnp.float64:
         return in_one_pass(groups, dtype)
-    if all(len(group) == 1 and group[0].size < _LARGE for group in groups):
-        return _in_double(groups)
-    plain = [_sum_of_squares(group, lambda x: x, dtype) for group in groups]
-    fits = functools.reduce(lax.bitwise_and, [_factor_for(total) == 1 for total in plain])
-    return lax.cond(fits, lambda: tuple(map(jnp.sqrt, plain)), lambda: _in_double(groups))
-
-
-def _in_double(groups: Sequence[Sequence[jax.Array]]) -> tuple[jax.Array, ...]:
-    double = jnp.dtype(jnp.float64)
+    small, large = ([[array for array in group if (array.size >= _LARGE) == kind] for group in groups] for kind in (False, True))
     with jax.enable_x64(True):
-        if _are_small_and_alike(groups):
-            sums = _in_one_loop([jnp.square(array.astype(double)) for (array,) in groups])
-        else:
-            sums = [_sum_of_squares(group, lambda x: x, double) for group in groups]
-        return tuple(_bounded(jnp.sqrt(total), jnp.dtype(jnp.float32)) for total in sums)
+        totals = _sums_in_double(small)
+        if any(large):
+            plain = [_sum_of_squares(group, lambda x: x, dtype).astype(jnp.float64) for group in large]
+            fits = functools.reduce(lax.bitwise_and, map(_fits, plain, map(lax.add, plain, totals)))
+            sums = lax.cond(fits, lambda: plain, lambda: _sums_in_double(large))
+            totals = map(lax.add, totals, sums) if any(small) else sums
+        return tuple(_bounded(jnp.sqrt(total), dtype) for total in totals)
+
+
+def _fits(plain: jax.Array, total: jax.Array) -> jax.Array:
+    """Whether a sum of squares, taken in float32, is exact enough as a part of a total; not if it is NaN."""
+    low, high = _range(jnp.dtype(jnp.float32))
+    return lax.bitwise_and(plain < high, total > low)
+
+
+def _sums_in_double(groups: Sequence[Sequence[jax.Array]]) -> list[jax.Array]:
+    double = jnp.dtype(jnp.float64)
+    if _are_small_and_alike(groups):
+        return list(_in_one_loop([jnp.square(array.astype(double)) for (array,) in groups]))
+    return [_sum_of_squares(group, lambda x: x, double) for group in groups]
 
 
 def _are_small_and_alike(groups: Sequence[Sequence[jax.Array]]) -> bool:

@@ -53,20 +53,27 @@ def zeros_once_written(like: jax.Array, *written: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(jnp.broadcast_to(zero_once_written(*written).astype(integer), like.shape), like.dtype)
 
 
+@jax.jit
+def after(written: jax.Array, slots: Any) -> Any:
+    """A tree of slots, to be read only when an array is written. To a derivative it is the identity."""
+    zero = zero_once_written(written)
+    return jax.tree.map(functools.partial(_plus, zero), slots)
+
+
 @jax.custom_jvp
-def after(zero: jax.Array, slot: jax.Array) -> jax.Array:
-    """A slot, to be read only when ``zero`` is there. To a derivative it is the identity."""
+def _plus(zero: jax.Array, slot: jax.Array) -> jax.Array:
     if not jnp.issubdtype(slot.dtype, jnp.floating):
         return slot
     integer = _INTEGERS[slot.dtype.itemsize]
     return lax.bitcast_convert_type(lax.bitcast_convert_type(slot, integer) + zero.astype(integer), slot.dtype)
 
 
-@after.defjvp
-def _after_jvp(primals, tangents):
-    return after(*primals), tangents[1]
+@_plus.defjvp
+def _plus_jvp(primals, tangents):
+    return _plus(*primals), tangents[1]
 
 
+@jax.jit
 def rounded(value: jax.Array, count: jax.Array) -> jax.Array:
     """A value, to be rounded before it is used: the compiler fuses no product in it with a sum that follows.
 
@@ -74,7 +81,7 @@ def rounded(value: jax.Array, count: jax.Array) -> jax.Array:
       value: floating-point.
       count: an int32 scalar, not negative.
     """
-    return after(jnp.equal(count, jnp.iinfo(jnp.int32).min).astype(jnp.int32), value)
+    return _plus(jnp.equal(count, jnp.iinfo(jnp.int32).min).astype(jnp.int32), value)
 
 
 _zero = Primitive("zero_once_written")
