@@ -58,7 +58,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _others(quick: bool) -> Iterator[tuple[str, Callable[[], Iterator[measure.Row]]]]:
     yield "many small leaves", lambda: measure.many_small_row(100 if quick else 2000, 20)
-    yield "compiling", lambda: measure.compile_rows(20 if quick else 300, 1 if quick else 5)
+    for width in (64, 256):
+        yield f"compiling, width {width}", lambda width=width: measure.compile_rows(20 if quick else 300, width, 1 if quick else 5)
     yield "eager", lambda: measure.eager_row(20)
     sizes = [10**4, 10**6] if quick else [10**5, 10**6, 10**7, 10**8]
     yield "growth", lambda: measure.growth(sizes, [1, 30] if quick else [1, 10, 100, 1000], 5)

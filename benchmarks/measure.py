@@ -123,19 +123,19 @@ def many_small_row(leaves: int, repeats: int) -> Iterator[Row]:
     yield from _rows("small leaves", "lion", f"{leaves} leaves", trees.elements(shapes), built, _steps(built, repeats))
 
 
-def compile_rows(leaves: int, repeats: int) -> Iterator[Row]:
+def compile_rows(leaves: int, width: int, repeats: int) -> Iterator[Row]:
     """Tracing, lowering and compiling LAMB; all take turns, and nothing is kept from one turn to the next."""
-    shapes = {f"leaf_{i}": [(64, 64), (64,), (128, 64), (64, 128)][i % 4] for i in range(leaves)}
+    shapes = {f"leaf_{i}": [(width, width), (width,), (2 * width, width), (width, 2 * width)][i % 4] for i in range(leaves)}
     builds = {"lionax": peers.ours(lionax.lamb(1e-3, weight_decay=0.01)), "Optax": peers.theirs(optax.lamb(1e-3, weight_decay=0.01))}
-    turns: list[dict[str, peers.Contender]] = []
+    seconds: dict[str, list[float]] = {name: [] for name in builds}
+    built: dict[str, peers.Contender] = {}
     for _ in range(repeats):
-        turns.append({})
         for name, build in builds.items():
             jax.clear_caches()
-            turns[-1][name] = build(shapes)
-    built = turns[0]
-    times = {name: 1e3 * statistics.median(turn[name].seconds_to_compile or 0.0 for turn in turns) for name in builds}
-    yield from _rows("compile", "lamb", f"{leaves} leaves", trees.elements(shapes), built, times)
+            built[name] = build(shapes)
+            seconds[name].append(built[name].seconds_to_compile or 0.0)
+    times = {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
+    yield from _rows("compile", "lamb", f"{leaves} leaves, width {width}", trees.elements(shapes), built, times)
 
 
 def eager_row(repeats: int) -> Iterator[Row]:

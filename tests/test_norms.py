@@ -4,11 +4,13 @@ import functools
 import re
 
 import cases
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -32,12 +34,23 @@ def test_every_magnitude(name, form):
     """Both forms, the CPU's and the other platforms', on this platform."""
     x = np.array(EXTREME[name], np.float32)
     exact = np.linalg.norm(x.astype(np.float64))
-    for arrays in ((x,), (x[: len(x) // 2], x[len(x) // 2:]), (np.append(np.zeros((1 << 17) - len(x), np.float32), x),)):
+    zeros = np.zeros(1 << 15, np.float32)
+    for arrays in ((x,), (x[: len(x) // 2], x[len(x) // 2:]), (np.append(zeros, x),), (x, zeros), (np.append(zeros, x[1:]), x[:1])):
         finite = min(exact, float(np.finfo(np.float32).max))
         (one,) = jax.jit(functools.partial(form, dtype=jnp.dtype(jnp.float32)))((tuple(map(jnp.asarray, arrays)),))
         # XLA on the CPU flushes subnormal numbers to zero.
         assert float(one) == pytest.approx(finite, rel=1e-6, abs=1.2e-38)
         assert norm(*arrays) == pytest.approx(finite, rel=1e-6, abs=1.2e-38)
+
+
+@hypothesis.given(st.lists(st.tuples(st.sampled_from([3, 5000, 1 << 14]), st.integers(-36, 36)), min_size=1, max_size=3))
+@hypothesis.settings(max_examples=30, deadline=None)
+def test_any_mixture_of_sizes_and_magnitudes(parts):
+    """What is summed in float64, and what is tried in float32 first, come to one norm."""
+    arrays = [cases.normal(size, seed=i) * np.float32(10.0) ** power for i, (size, power) in enumerate(parts)]
+    exact = [np.asarray(array, np.float64) for array in arrays]
+    assert norm(*arrays) == pytest.approx(np.linalg.norm(np.concatenate(exact)), rel=1e-6)
+    np.testing.assert_allclose(jax.jit(norm_of_each)(arrays), [np.linalg.norm(array) for array in exact], rtol=1e-6)
 
 
 def test_no_arrays_and_empty_arrays():
