@@ -17,6 +17,7 @@ from benchmarks import peers, trees
 
 __all__ = ["Row", "bandwidth", "compile_rows", "eager_row", "growth", "in_turns", "many_small_row", "step_rows"]
 
+_TRIAD = 12  # bytes that a triad moves for each element
 PAIRS = {"lion": (lionax.lion(1e-3), optax.lion(1e-3)), "lamb": (lionax.lamb(1e-3), optax.lamb(1e-3))}
 
 
@@ -66,7 +67,7 @@ def page_faults(run: Callable[[], None]) -> int | None:
 
 
 def triad(size: int) -> Callable[[], None]:
-    """``a ← b + 2·c`` over arrays of so many float32: 12 bytes for each element."""
+    """``a ← b + 2·c`` over arrays of so many float32."""
     b, c = jnp.full(size, 1.0), jnp.full(size, 2.0)
     step = jax.jit(lambda a, b, c: b + 2.0 * c, donate_argnums=0, keep_unused=True)
     carry = [jnp.zeros(size)]
@@ -86,7 +87,7 @@ def bandwidth(size: int, repeats: int = 20) -> float:
         start = time.perf_counter()
         run()
         best = min(best, time.perf_counter() - start)
-    return 12 * size / best
+    return _TRIAD * size / best
 
 
 def _rows(table: str, case: str, tree: str, parameters: int, built: Mapping[str, peers.Contender], times: Mapping[str, float],
@@ -103,12 +104,14 @@ def _steps(built: Mapping[str, peers.Contender], repeats: int) -> dict[str, floa
 
 
 def step_rows(name: str, tree: str, shapes: Any, best: float, repeats: int) -> Iterator[Row]:
-    """A case of `peers.CASES` over a tree."""
+    """A case of `peers.CASES` over a tree; beside it a triad, which takes turns with the contenders."""
     case, parameters = peers.CASES[name], trees.elements(shapes)
     built = {contender: build(shapes) for contender, build in case.available().items()}
-    times = _steps(built, repeats)
+    times = in_turns({**{contender: one.run for contender, one in built.items()}, "triad": triad(parameters)}, repeats)
     limit = None if case.fewest_bytes is None else 1e3 * case.fewest_bytes * parameters / best
     yield from _rows("step", name, tree, parameters, built, times, limit)
+    if limit is not None:
+        yield Row("step", name, tree, "triad", parameters, times["triad"], of_limit=1e3 * _TRIAD * parameters / best / times["triad"])
 
 
 def many_small_row(leaves: int, repeats: int) -> Iterator[Row]:

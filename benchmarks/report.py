@@ -87,8 +87,8 @@ def draw(rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _bars(rows: Sequence[Row], path: pathlib.Path, label: str, title: str, value: Any) -> pathlib.Path:
-    cases = dict.fromkeys(row.case for row in rows)
-    groups = {case: [row for row in rows if row.case == case and value(row) is not None] for case in cases}
+    rows = [row for row in rows if value(row) is not None]
+    groups = {case: [row for row in rows if row.case == case] for case in dict.fromkeys(row.case for row in rows)}
     figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
     width = 0.8 / max(map(len, groups.values()))
     for contender in dict.fromkeys(row.contender for row in rows):
