@@ -107,10 +107,14 @@ def step_rows(name: str, tree: str, shapes: Any, best: float, repeats: int) -> I
     """A case of `peers.CASES` over a tree; beside it a triad, which takes turns with the contenders."""
     case, parameters = peers.CASES[name], trees.elements(shapes)
     built = {contender: build(shapes) for contender, build in case.available().items()}
-    times = in_turns({**{contender: one.run for contender, one in built.items()}, "triad": triad(parameters)}, repeats)
-    limit = None if case.fewest_bytes is None else 1e3 * case.fewest_bytes * parameters / best
+    runs = {contender: one.run for contender, one in built.items()}
+    if case.fewest_bytes is None:
+        limit = None
+    else:
+        limit, runs["triad"] = 1e3 * case.fewest_bytes * parameters / best, triad(parameters)
+    times = in_turns(runs, repeats)
     yield from _rows("step", name, tree, parameters, built, times, limit)
-    if limit is not None:
+    if "triad" in times:
         yield Row("step", name, tree, "triad", parameters, times["triad"], of_limit=1e3 * _TRIAD * parameters / best / times["triad"])
 
 
@@ -137,7 +141,9 @@ def compile_rows(leaves: int, width: int, repeats: int) -> Iterator[Row]:
             jax.clear_caches()
             built[name] = build(shapes)
             seconds[name].append(built[name].seconds_to_compile or 0.0)
-    times = {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    built = {name: dataclasses.replace(contender, seconds_to_compile=medians[name]) for name, contender in built.items()}
+    times = {name: 1e3 * median for name, median in medians.items()}
     yield from _rows("compile", "lamb", f"{leaves} leaves, width {width}", trees.elements(shapes), built, times)
 
 

@@ -251,8 +251,8 @@ class _Passage:
                       before: jax.Array | None, write: bool) -> jax.Array | None:
         """Runs the rules on one leaf, and may write its parameter, with the writes in an order in which none needs a copy.
 
-        Where a rule takes the norm of what others made, that is kept until the norm is known; so the leaf waits for the one
-        before it. Returns the array for which the next is to wait.
+        Where a rule takes the norm of what others made, that is kept until the norm is known; so the leaf's update waits for
+        the leaf before it, and what is made of the update with it. Returns the array for which the next is to wait.
         """
         waits = any(self.program[i].rule.scope == "leaf" for i in acting[1:])
         if waits and before is not None:

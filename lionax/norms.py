@@ -1,7 +1,8 @@
 """Norms over leaves and devices, safe from overflow: the one place where a chain's measured sums are added up.
 
-A sum of squares in float32 overflows once an element passes 1.8e19 and vanishes below 1e-23. So it is taken in float64, or of
-``x·c``, where ``c`` is 1, or a power of two if that sum was out of range (Blue, 1978, has three such sums likewise).
+A sum of squares in float32 overflows once an element passes 1.8e19 and vanishes below 1e-23. So it is taken in float64, at once or
+when that in float32 was out of range; or, where a second pass or float64 is dear, of ``x·c`` with three powers of two for ``c``, of
+which one is in range (Blue, 1978, has three such sums likewise).
 """
 
 import functools
@@ -127,25 +128,31 @@ def in_few_passes(groups: Sequence[Sequence[jax.Array]], dtype: np.dtype) -> tup
     """The joint norm of each group, for the CPU, whose compiler makes one pass over memory, and one program, of each reduction.
 
     A small array is summed in float64, in which no square of a float32 is out of range. That takes twice the time of a sum in
-    float32, so of the large ones a sum in float32 is tried first.
+    float32, so of the large ones a sum in float32 is tried first; if one group's is out of range, all are summed in float64.
     """
     if dtype == jnp.float64:
         return in_one_pass(groups, dtype)
-    small, large = ([[array for array in group if (array.size >= _LARGE) == kind] for group in groups] for kind in (False, True))
+    small = [[array for array in group if not _is_large(array)] for group in groups]
+    large = [[array for array in group if _is_large(array)] for group in groups]
     with jax.enable_x64(True):
-        totals = _sums_in_double(small)
+        sums = _sums_in_double(small)
         if any(large):
             plain = [_sum_of_squares(group, lambda x: x, dtype).astype(jnp.float64) for group in large]
-            fits = functools.reduce(lax.bitwise_and, map(_fits, plain, map(lax.add, plain, totals)))
-            sums = lax.cond(fits, lambda: plain, lambda: _sums_in_double(large))
-            totals = map(lax.add, totals, sums) if any(small) else sums
-        return tuple(_bounded(jnp.sqrt(total), dtype) for total in totals)
+            fits = functools.reduce(lax.bitwise_and, map(_fits, plain, map(lax.add, plain, sums)))
+            of_large = lax.cond(fits, lambda: plain, lambda: _sums_in_double(large))
+            sums = map(lax.add, sums, of_large) if any(small) else of_large
+        return tuple(_bounded(jnp.sqrt(total), dtype) for total in sums)
+
+
+def _is_large(array: jax.Array) -> bool:
+    """Whether a sum in float32 is tried first; so it is if a dimension is not known."""
+    return not isinstance(array.size, int) or array.size >= _LARGE
 
 
 def _fits(plain: jax.Array, total: jax.Array) -> jax.Array:
-    """Whether a sum of squares, taken in float32, is exact enough as a part of a total; not if it is NaN."""
+    """Whether a sum of squares in float32, a part of ``total``, did not overflow, and lost to underflow only what ``total`` dwarfs."""
     low, high = _range(jnp.dtype(jnp.float32))
-    return lax.bitwise_and(plain < high, total > low)
+    return lax.bitwise_and(plain < high, total > low)  # neither holds of NaN
 
 
 def _sums_in_double(groups: Sequence[Sequence[jax.Array]]) -> list[jax.Array]:
@@ -158,9 +165,9 @@ def _sums_in_double(groups: Sequence[Sequence[jax.Array]]) -> list[jax.Array]:
 def _are_small_and_alike(groups: Sequence[Sequence[jax.Array]]) -> bool:
     """Whether the groups are several, of one small array each, all of one shape and on every device the same."""
     arrays = [array for group in groups for array in group]
-    if not len(groups) == len(arrays) > 1 or any(map(varying_axes, arrays)):
+    if len(groups) < 2 or any(len(group) != 1 for group in groups) or any(map(varying_axes, arrays)):
         return False
-    return len({array.shape for array in arrays}) == 1 and arrays[0].size < _SMALL
+    return len({array.shape for array in arrays}) == 1 and not _is_large(arrays[0]) and arrays[0].size < _SMALL
 
 
 def _in_one_loop(arrays: Sequence[jax.Array]) -> Sequence[jax.Array]:

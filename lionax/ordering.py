@@ -8,8 +8,8 @@ changes, and NaN does not spread. Elsewhere one loop writes both, and order woul
 
 A gate's sums are set to zero, likewise, when all that reads them has been written.
 
-LAMB's update is kept until its norm is known. Left to itself the compiler makes all updates first; so a leaf waits, by such a
-zero, for the one before it, and one update is kept at a time.
+LAMB's update is kept until its norm is known. Left to itself the compiler makes all updates first; so the gradient of a leaf waits,
+by such a zero, for the parameter before it, and with the gradient all that is computed from it. One update is kept at a time.
 """
 
 import functools
@@ -30,8 +30,10 @@ _INTEGERS = {1: jnp.int8, 2: jnp.int16, 4: jnp.int32, 8: jnp.int64}
 
 
 def worth_ordering(array: jax.Array) -> bool:
-    """Whether an array is being compiled, floating-point, large, and not known to be spread over a mesh."""
-    if not isinstance(array, Tracer) or array.size < SMALLEST or not jnp.issubdtype(array.dtype, jnp.floating):
+    """Whether an array is being compiled, floating-point, known to be large, and not known to be spread over a mesh."""
+    if not isinstance(array, Tracer) or not jnp.issubdtype(array.dtype, jnp.floating):
+        return False
+    if not isinstance(array.size, int) or array.size < SMALLEST:
         return False
     return jax.typeof(array).sharding.mesh.empty and jax.sharding.get_abstract_mesh().empty
 
@@ -54,23 +56,26 @@ def zeros_once_written(like: jax.Array, *written: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def after(written: jax.Array, slots: Any) -> Any:
-    """A tree of slots, to be read only when an array is written. To a derivative it is the identity."""
+def after(written: jax.Array, arrays: Any) -> Any:
+    """A tree of arrays, to be read, on one CPU device, only when another is written: a real one with elements.
+
+    To a derivative it is the identity.
+    """
     zero = zero_once_written(written)
-    return jax.tree.map(functools.partial(_plus, zero), slots)
+    return jax.tree.map(functools.partial(_plus_bits, zero), arrays)
 
 
 @jax.custom_jvp
-def _plus(zero: jax.Array, slot: jax.Array) -> jax.Array:
+def _plus_bits(zero: jax.Array, slot: jax.Array) -> jax.Array:
     if not jnp.issubdtype(slot.dtype, jnp.floating):
         return slot
     integer = _INTEGERS[slot.dtype.itemsize]
     return lax.bitcast_convert_type(lax.bitcast_convert_type(slot, integer) + zero.astype(integer), slot.dtype)
 
 
-@_plus.defjvp
-def _plus_jvp(primals, tangents):
-    return _plus(*primals), tangents[1]
+@_plus_bits.defjvp
+def _plus_bits_jvp(primals, tangents):
+    return _plus_bits(*primals), tangents[1]
 
 
 @jax.jit
@@ -81,7 +86,7 @@ def rounded(value: jax.Array, count: jax.Array) -> jax.Array:
       value: floating-point.
       count: an int32 scalar, not negative.
     """
-    return _plus(jnp.equal(count, jnp.iinfo(jnp.int32).min).astype(jnp.int32), value)
+    return _plus_bits(jnp.equal(count, jnp.iinfo(jnp.int32).min).astype(jnp.int32), value)
 
 
 _zero = Primitive("zero_once_written")

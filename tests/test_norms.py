@@ -53,6 +53,18 @@ def test_any_mixture_of_sizes_and_magnitudes(parts):
     np.testing.assert_allclose(jax.jit(norm_of_each)(arrays), [np.linalg.norm(array) for array in exact], rtol=1e-6)
 
 
+@pytest.mark.parametrize("form", [in_few_passes, in_one_pass])
+def test_groups_of_any_lengths(form):
+    large, small = jnp.ones(1 << 14), jnp.full(3, 2.0)
+    groups = ((small, small), (large,)), ((small, large), ()), ((large,), (small,)), ((), (small,)), ()
+    norms = [list(map(float, form(each, jnp.dtype(jnp.float32)))) for each in groups]
+    np.testing.assert_allclose(norms[0], [np.sqrt(24), 128], rtol=1e-6)
+    np.testing.assert_allclose(norms[1], [np.sqrt(12 + 2**14), 0], rtol=1e-6)
+    np.testing.assert_allclose(norms[2], [128, np.sqrt(12)], rtol=1e-6)
+    np.testing.assert_allclose(norms[3], [0, np.sqrt(12)], rtol=1e-6)
+    assert norms[4] == []
+
+
 def test_no_arrays_and_empty_arrays():
     assert float(joint_norm([])) == 0.0
     assert norm(jnp.zeros((0, 3))) == 0.0

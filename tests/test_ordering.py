@@ -2,6 +2,7 @@
 
 import cases
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -119,3 +120,12 @@ def test_transformed():
     np.testing.assert_allclose(slope, -np.sum(np.sign(grads["large"])), rtol=1e-5)
     through_state = jax.jit(jax.grad(lambda g: jnp.sum(tx.step(PARAMS, state, {**grads, "large": g})[1].rules[0].mu["large"])))
     np.testing.assert_allclose(through_state(grads["large"]), 0.01, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["lion", "clip", "lamb"])
+def test_exported_for_any_size(name):
+    tx = TXS[name]()
+    shapes = {"any": jax.ShapeDtypeStruct(jax.export.symbolic_shape("n,"), jnp.float32), "five": jax.ShapeDtypeStruct((5,), jnp.float32)}
+    exported = jax.export.export(jax.jit(tx.step))(shapes, jax.eval_shape(tx.init, shapes), shapes)
+    params = {"any": cases.normal(3), "five": cases.normal(5)}
+    cases.assert_equal(exported.call(params, tx.init(params), params), jax.jit(tx.step)(params, tx.init(params), params), rtol=1e-6)
