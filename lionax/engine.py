@@ -273,7 +273,7 @@ class _Passage:
         The compiler drops what is not used of either run.
         """
         rules = {i: self.program[i].rule for i in acting}
-        readers = [i for i in acting if rules[i].update_reads_old_slots]
+        readers = [i for i in acting if rules[i].update_reads_old_slots or self._is_stored_rounded(i, leaf, stored[i])]
         again = acting[: acting.index(readers[-1]) + 1] if readers else []
         if any(rules[i].needs_params or rules[i].scope == "leaf" for i in again):
             return  # the parameter is written by then, and a norm would be taken twice
@@ -285,6 +285,11 @@ class _Passage:
             if i in readers:
                 slots[i][leaf] = new
         self.updates[leaf] = update
+
+    def _is_stored_rounded(self, i: int, leaf: int, stored: Any) -> bool:
+        """Whether a rule's update is made of its new slots, but not as they are stored: then the compiler makes it of the old ones."""
+        floating = [slot for slot in jax.tree.leaves(stored) if jnp.issubdtype(slot.dtype, jnp.floating)]
+        return self.program[i].rule.changes_update and any(slot.dtype != self.dtypes[leaf] for slot in floating)
 
     def _apply(self, i: int, leaf: int, stored: Any, tree_norms: tuple[jax.Array, ...]) -> Any:
         """Runs one rule on one leaf; returns its new slots."""

@@ -71,7 +71,8 @@ class Rule(Definition):
     """Over what the norms that `measure` asks for are taken."""
 
     update_reads_old_slots: ClassVar[bool] = False
-    """Whether `apply` computes the update from the old slots, not the new: then writes are ordered (`lionax.ordering`)."""
+    """Whether `apply` computes the update from the old slots, not the new: then writes are ordered (`lionax.ordering`), as they are
+    where slots are stored in another dtype than they are computed in."""
 
     any_dtype: ClassVar[bool] = False
     """Whether leaves that are not floating-point are accepted."""

@@ -50,8 +50,10 @@ COUNTED = {
     "lion_ema": (lambda: lionax.chain(lionax.lion(1e-3), lionax.params_ema(0.9)), 7 * 4, 3 * 4),  # e and the new p → e
     "lamb": (lambda: lionax.lamb(1e-3), 10 * 4, 4 * 4),  # gm → m; gv → v; new mv → u; u and p → norms; up → p
     "lamb_decay": (lambda: lionax.lamb(1e-3, weight_decay=0.1), 11 * 4, 4 * 4),  # p → u
+    "lamb_bfloat16": (lambda: lionax.lamb(1e-3, mu_dtype="bfloat16", nu_dtype="bfloat16"), 36, 12),  # gmv → u; up → norms; up → p; gm; gv
     "sgd": (lambda: lionax.sgd(1e-3), 2 * 4, 4),
     "sgd_momentum": (lambda: lionax.sgd(1e-3, 0.9), 4 * 4, 2 * 4),  # gm → m; the new m and p → p
+    "sgd_bfloat16": (lambda: lionax.sgd(1e-3, 0.9, accumulator_dtype="bfloat16"), 16, 6),  # gmp → p; gm → m
     "sgd_nesterov": (lambda: lionax.sgd(1e-3, 0.9, nesterov=True), 5 * 4, 2 * 4),
     "clip_by_norm": (lambda: lionax.chain(lionax.clip_by_norm(1.0), lionax.sgd(0.1)), 3 * 4, 4),
     "adam": (lambda: lionax.chain(lionax.scale_by_adam(), lionax.scale(-1.0)), 7 * 4, 3 * 4),
@@ -67,7 +69,7 @@ def test_the_plan_is_what_the_compiler_says(name):
     assert (plan.bytes_read_per_param, plan.bytes_written_per_param) == (read, written)
     compiled = jax.jit(tx.step, donate_argnums=(0, 1)).lower(LARGE, tx.init(LARGE), LARGE).compile()
     cost = compiled.cost_analysis()["bytes accessed"] / ELEMENTS
-    norms = {"clip_lion": 1, "lamb": 2, "lamb_decay": 2, "clip_by_norm": 1}.get(name, 0)
+    norms = {"clip_lion": 1, "lamb": 2, "lamb_decay": 2, "lamb_bfloat16": 2, "clip_by_norm": 1}.get(name, 0)
     second_sums = 4 * norms  # in a branch that is taken if the first is out of range
     assert cost == pytest.approx(read + written + second_sums, rel=2e-3)
     assert compiled.memory_analysis().temp_size_in_bytes == pytest.approx(plan.temporary_bytes, abs=4096)

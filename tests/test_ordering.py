@@ -35,6 +35,10 @@ TXS = {
                                                   lionax.scale(0.7)),
     "optax_in_a_window": lambda: lionax.accumulate(optax.sgd(0.01), 2),
     "loss_scale": lambda: lionax.dynamic_loss_scale(lionax.lion(0.01), 1.0),
+    "sgd_bfloat16": lambda: lionax.sgd(0.01, 0.9, accumulator_dtype=jnp.bfloat16),
+    "nesterov_bfloat16": lambda: lionax.sgd(0.01, 0.9, nesterov=True, accumulator_dtype=jnp.bfloat16),
+    "adam_bfloat16": lambda: lionax.chain(lionax.scale_by_adam(mu_dtype=jnp.bfloat16), lionax.scale(-0.01)),
+    "lamb_bfloat16": lambda: lionax.lamb(0.01, weight_decay=0.1, mu_dtype=jnp.bfloat16, nu_dtype=jnp.bfloat16),
     "behind_a_norm": lambda: lionax.chain(lionax.clip_by_norm(1.0), lionax.lion(0.01)),
 }
 assert PARAMS["large"].size >= SMALLEST > PARAMS["small"].size
@@ -50,7 +54,8 @@ def compiled_optax(tx):
 
 
 @pytest.mark.parametrize("name", ["lion", "bfloat16", "masked", "clip", "average", "accumulate", "accumulate_average",
-                                  "average_in_a_window", "skip", "skip_before_a_window", "loss_scale"])
+                                  "average_in_a_window", "skip", "skip_before_a_window", "loss_scale", "sgd_bfloat16",
+                                  "nesterov_bfloat16", "adam_bfloat16"])
 def test_no_donated_buffer_is_copied(name):
     tx = TXS[name]()
     memory = compiled(tx).memory_analysis()
@@ -59,7 +64,7 @@ def test_no_donated_buffer_is_copied(name):
     assert compiled_optax(optax.lion(0.01)).memory_analysis().temp_size_in_bytes > 0.9 * WHOLE  # the row is kept honest
 
 
-@pytest.mark.parametrize("name", ["lamb", "clip_lamb"])
+@pytest.mark.parametrize("name", ["lamb", "clip_lamb", "lamb_bfloat16"])
 def test_one_update_is_kept_at_a_time(name):
     tx = TXS[name]()
     assert compiled(tx).memory_analysis().temp_size_in_bytes < LARGEST + 4096
