@@ -99,23 +99,21 @@ def _rows(table: str, case: str, tree: str, parameters: int, built: Mapping[str,
                   page_faults(contender.run) if table == "step" else None, contender.seconds_to_compile, contender.lines)
 
 
-def _steps(built: Mapping[str, peers.Contender], repeats: int) -> dict[str, float]:
-    return in_turns({name: one.run for name, one in built.items()}, repeats)
+def _steps(built: Mapping[str, peers.Contender], repeats: int, **others: Callable[[], None]) -> dict[str, float]:
+    return in_turns({name: one.run for name, one in built.items()} | others, repeats)
 
 
 def step_rows(name: str, tree: str, shapes: Any, best: float, repeats: int) -> Iterator[Row]:
-    """A case of `peers.CASES` over a tree; beside it a triad, which takes turns with the contenders."""
+    """A case of `peers.CASES` over a tree; where its limit is known, beside a triad, which takes turns with the contenders."""
     case, parameters = peers.CASES[name], trees.elements(shapes)
     built = {contender: build(shapes) for contender, build in case.available().items()}
-    runs = {contender: one.run for contender, one in built.items()}
+    byte_ms = 1e3 * parameters / best  # for one byte of each parameter
     if case.fewest_bytes is None:
-        limit = None
-    else:
-        limit, runs["triad"] = 1e3 * case.fewest_bytes * parameters / best, triad(parameters)
-    times = in_turns(runs, repeats)
-    yield from _rows("step", name, tree, parameters, built, times, limit)
-    if "triad" in times:
-        yield Row("step", name, tree, "triad", parameters, times["triad"], of_limit=1e3 * _TRIAD * parameters / best / times["triad"])
+        yield from _rows("step", name, tree, parameters, built, _steps(built, repeats))
+        return
+    times = _steps(built, repeats, triad=triad(parameters))
+    yield from _rows("step", name, tree, parameters, built, times, case.fewest_bytes * byte_ms)
+    yield Row("step", name, tree, "triad", parameters, times["triad"], of_limit=_TRIAD * byte_ms / times["triad"])
 
 
 def many_small_row(leaves: int, repeats: int) -> Iterator[Row]:

@@ -279,7 +279,7 @@ class _Passage:
             return  # the parameter is written by then, and a norm would be taken twice
         # The arrived update goes the same way as the slots: a sum of two products is else rounded otherwise than in the first run.
         update = self.updates[leaf]
-        self.updates[leaf], stored = ordering.after(done, (arrived, stored))
+        self.updates[leaf], stored = ordering.after(done, (arrived, {i: stored[i] for i in again}))
         for i in again:
             new = self._apply(i, leaf, stored[i], shared)
             if i in readers:

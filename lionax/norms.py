@@ -140,7 +140,7 @@ def in_few_passes(groups: Sequence[Sequence[jax.Array]], dtype: np.dtype) -> tup
             plain = [_sum_of_squares(group, lambda x: x, dtype).astype(jnp.float64) for group in large]
             fits = functools.reduce(lax.bitwise_and, map(_fits, plain, map(lax.add, plain, sums)))
             of_large = lax.cond(fits, lambda: plain, lambda: _sums_in_double(large))
-            sums = map(lax.add, sums, of_large) if any(small) else of_large
+            sums = map(lax.add, sums, of_large)
         return tuple(_bounded(jnp.sqrt(total), dtype) for total in sums)
 
 

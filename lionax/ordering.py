@@ -23,7 +23,7 @@ from jax.core import ShapedArray, Tracer
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-__all__ = ["after", "rounded", "worth_ordering", "zero_once_written", "zeros_once_written"]
+__all__ = ["after", "rounded", "worth_ordering", "zeros_once_written"]
 
 SMALLEST = 1 << 14  # elements; a smaller buffer is in the cache, and its copy cheaper than the order
 
@@ -39,7 +39,7 @@ def worth_ordering(array: jax.Array) -> bool:
     return jax.typeof(array).sharding.mesh.empty and jax.sharding.get_abstract_mesh().empty
 
 
-def zero_once_written(*written: jax.Array) -> jax.Array:
+def _zero_once_written(*written: jax.Array) -> jax.Array:
     """An int32 zero that is there once some arrays are: on one CPU device; elsewhere a plain zero."""
     return _zero.bind(*map(lax.stop_gradient, written))
 
@@ -53,7 +53,7 @@ def zeros_once_written(like: jax.Array, *written: jax.Array) -> jax.Array:
     """Zeros in the place of a floating-point array, made once those of some arrays are whose elements can be looked at."""
     written = tuple(array for array in written if array.size and _can_be_looked_at(array.dtype))
     integer = _INTEGERS[like.dtype.itemsize]
-    return lax.bitcast_convert_type(jnp.broadcast_to(zero_once_written(*written).astype(integer), like.shape), like.dtype)
+    return lax.bitcast_convert_type(jnp.broadcast_to(_zero_once_written(*written).astype(integer), like.shape), like.dtype)
 
 
 @jax.jit
@@ -62,7 +62,7 @@ def after(written: jax.Array, arrays: Any) -> Any:
 
     To a derivative it is the identity.
     """
-    zero = zero_once_written(written)
+    zero = _zero_once_written(written)
     return jax.tree.map(functools.partial(_plus_bits, zero), arrays)
 
 
