@@ -184,11 +184,11 @@ class _Passage:
         shared = self._tree_norms(group[0])
         slots = {i: self._columns(i) for i in group}
         active = {i: self.program[i].active for i in group}
-        before = None  # the parameter that was written last, of those that wait for each other
+        written: list[jax.Array] = []  # what was written last of each leaf that was run in order
         for leaf in range(len(self.updates)):
             acting = [i for i in group if active[i][leaf]]
             if acting and ordering.worth_ordering(self.updates[leaf]):
-                before = self._run_in_order(acting, leaf, slots, shared, before, write)
+                written.append(self._run_in_order(acting, leaf, slots, shared, written, write))
                 continue
             for i in group:
                 if active[i][leaf]:
@@ -248,43 +248,43 @@ class _Passage:
         return tuple(norms.joint_norm(arrays) for arrays in zip(*measured, strict=True))
 
     def _run_in_order(self, acting: list[int], leaf: int, slots: dict[int, list[Any]], shared: tuple[jax.Array, ...],
-                      before: jax.Array | None, write: bool) -> jax.Array | None:
-        """Runs the rules on one leaf, and may write its parameter, with the writes in an order in which none needs a copy.
+                      before: list[jax.Array], write: bool) -> jax.Array:
+        """Runs the rules on one leaf, and may write its parameter, with the writes in the order that `lionax.ordering` tells.
 
-        Where a rule takes the norm of what others made, that is kept until the norm is known; so the leaf's update waits for
-        the leaf before it, and what is made of the update with it. Returns the array for which the next is to wait.
+        Returns what is written last, for a leaf that comes later to wait for.
         """
-        waits = any(self.program[i].rule.scope == "leaf" for i in acting[1:])
-        if waits and before is not None:
-            self.updates[leaf] = ordering.after(before, self.updates[leaf])
         arrived, stored = self.updates[leaf], {i: slots[i][leaf] for i in acting}
+        keeps = any(self.program[i].rule.scope == "leaf" for i in acting[1:])  # an update, until its norm is known
+        at_once = 1 if keeps else ordering.AT_ONCE
+        if len(before) >= at_once and (keeps or jax.tree.leaves(stored)):
+            arrived = self.updates[leaf] = ordering.after(before[-at_once], arrived)
         for i in acting:
             slots[i][leaf] = self._apply(i, leaf, slots[i][leaf], shared)
         done = self.updates[leaf]
         if write:
             done = self.written[leaf] = storage.add(self.param[leaf], self.updates[leaf])
-        self._renew_after_writing(acting, leaf, slots, arrived, stored, shared, done)
-        return done if waits else before
+        return self._renew_after_writing(acting, leaf, slots, arrived, stored, shared, done)
 
     def _renew_after_writing(self, acting: list[int], leaf: int, slots: dict[int, list[Any]], arrived: jax.Array,
-                             stored: dict[int, Any], shared: tuple[jax.Array, ...], done: jax.Array) -> None:
+                             stored: dict[int, Any], shared: tuple[jax.Array, ...], done: jax.Array) -> jax.Array:
         """Where an update reads old slots: the new slots once more, from what is read when ``done`` is written.
 
-        The compiler drops what is not used of either run.
+        The compiler drops what is not used of either run. Returns what is written last in the compute dtype.
         """
         rules = {i: self.program[i].rule for i in acting}
         readers = [i for i in acting if rules[i].update_reads_old_slots or self._is_stored_rounded(i, leaf, stored[i])]
         again = acting[: acting.index(readers[-1]) + 1] if readers else []
         if any(rules[i].needs_params or rules[i].scope == "leaf" for i in again):
-            return  # the parameter is written by then, and a norm would be taken twice
+            return done  # the parameter is written by then, and a norm would be taken twice
         # The arrived update goes the same way as the slots: a sum of two products is else rounded otherwise than in the first run.
-        update = self.updates[leaf]
-        self.updates[leaf], stored = ordering.after(done, (arrived, {i: stored[i] for i in again}))
+        update, (self.updates[leaf], stored) = self.updates[leaf], ordering.after(done, (arrived, {i: stored[i] for i in again}))
         for i in again:
             new = self._apply(i, leaf, stored[i], shared)
             if i in readers:
                 slots[i][leaf] = new
+                done = next((s for s in jax.tree.leaves(new) if (s.shape, s.dtype) == (arrived.shape, self.dtypes[leaf])), done)
         self.updates[leaf] = update
+        return done
 
     def _is_stored_rounded(self, i: int, leaf: int, stored: Any) -> bool:
         """Whether a rule's update is made of its new slots, but not as they are stored: then the compiler makes it of the old ones."""

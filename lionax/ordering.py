@@ -9,8 +9,10 @@ update is made of the new one before it is rounded, that is of the old one.
 
 A gate's sums are set to zero, likewise, when all that reads them has been written.
 
-LAMB's update is kept until its norm is known. Left to itself the compiler makes all updates first; so the gradient of a leaf waits,
-by such a zero, for the parameter before it, and with the gradient all that is computed from it. One update is kept at a time.
+Left to itself the CPU's runtime runs the first loop of each leaf before the second of any, which then finds nothing in the cache that
+the first has read. So the gradient of a leaf waits, by such a zero, for what is written last of the leaf before the last one, and
+with the gradient all that is computed from it: two leaves are worked on at a time, that no core waits for another. If a norm of
+each update must be known before it is used, as in LAMB, it is one leaf, since its update is kept.
 """
 
 import functools
@@ -23,9 +25,11 @@ from jax.core import ShapedArray, Tracer
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-__all__ = ["after", "rounded", "worth_ordering", "zeros_once_written"]
+__all__ = ["AT_ONCE", "after", "rounded", "worth_ordering", "zeros_once_written"]
 
 SMALLEST = 1 << 14  # elements; a smaller buffer is in the cache, and its copy cheaper than the order
+
+AT_ONCE = 2  # leaves
 
 _INTEGERS = {1: jnp.int8, 2: jnp.int16, 4: jnp.int32, 8: jnp.int64}
 

@@ -1,5 +1,7 @@
 """Writes in order: nothing copied, no bit changed, nothing sent."""
 
+import re
+
 import cases
 import jax
 import jax.export
@@ -69,6 +71,30 @@ def test_one_update_is_kept_at_a_time(name):
     tx = TXS[name]()
     assert compiled(tx).memory_analysis().temp_size_in_bytes < LARGEST + 4096
     assert compiled_optax(optax.lamb(0.01)).memory_analysis().temp_size_in_bytes > 1.5 * WHOLE
+
+
+def dependencies(program, results):
+    """Of a compiled program: its results as names of instructions, and whether one of them is computed from another."""
+    text = program.as_text()
+    lines = re.findall(r"^ +(ROOT )?%(\S+) = (.*)$", text[text.index("\nENTRY"):], flags=re.MULTILINE)
+    operands = {name: re.findall(r"%([\w.\-]+)", rest.split(", calls=")[0]) for _, name, rest in lines}
+    (root,) = (name for is_root, name, _ in lines if is_root)
+
+    def is_made_of(name, other):
+        return name == other or any(is_made_of(operand, other) for operand in operands[name])
+
+    return jax.tree.structure(results).unflatten(operands[root]), is_made_of
+
+
+@pytest.mark.parametrize(("name", "at_once", "last"), [("lion", 2, lambda p, s: s.rules[0].mu), ("sgd", 2, lambda p, s: p),
+                                                       ("lamb", 1, lambda p, s: p)])
+def test_a_leaf_waits_for_one_before_it(name, at_once, last):
+    tx = {**TXS, "sgd": lambda: lionax.sgd(0.01, 0.9)}[name]()
+    params = [cases.normal(160, 160, seed=seed) for seed in range(4)]
+    (new, state), is_made_of = dependencies(compiled(tx, params), (params, tx.init(params)))
+    for leaf in range(4):
+        waits_for = [other for other in range(leaf) if is_made_of(new[leaf], last(new, state)[other])]
+        assert waits_for == list(range(leaf - at_once, -1, -at_once))[::-1]
 
 
 @pytest.mark.parametrize("name", TXS)
