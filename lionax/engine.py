@@ -122,7 +122,7 @@ class _Passage:
     def __init__(self, grads: Leaves, params: Leaves | None):
         values = [None] * len(grads.values) if params is None else params.values
         self.grads, self.params = grads, params
-        self.param = values  # for each leaf, or None
+        self.param = list(values)  # for each leaf, or None
         self.updates: list[Any] = list(grads.values)
         self.written: list[Any] = [None] * len(values)  # the new parameters, if they are asked for
         self.dtypes: list[Any] = [storage.compute_dtype(*(x for x in (g, p) if x is not None)) if present else None
@@ -144,7 +144,7 @@ class _Passage:
     def fork(self, gate: int, params: list[Any], later: list[Any]) -> "_Passage":
         """A passage for a branch of the compiled program, where the stage ``gate`` and all but as many as ``later`` are left out."""
         new = copy.copy(self)
-        new.param, new.params = params, None if self.params is None else dataclasses.replace(self.params, values=params)
+        new.param, new.params = list(params), None if self.params is None else dataclasses.replace(self.params, values=params)
         follows = slice(gate + 1, gate + 1 + len(later))
         new.program, new.owners = [*self.program[:gate], *self.program[follows]], [*self.owners[:gate], *self.owners[follows]]
         new.states = [*self.states[:gate], *later]
@@ -184,11 +184,11 @@ class _Passage:
         shared = self._tree_norms(group[0])
         slots = {i: self._columns(i) for i in group}
         active = {i: self.program[i].active for i in group}
-        written: list[jax.Array] = []  # what was written last of each leaf that was run in order
+        before = list(shared or [self.owners[group[0]][0].count]) * ordering.AT_ONCE  # what leaves wait for
         for leaf in range(len(self.updates)):
             acting = [i for i in group if active[i][leaf]]
             if acting and ordering.worth_ordering(self.updates[leaf]):
-                written.append(self._run_in_order(acting, leaf, slots, shared, written, write))
+                before.append(self._run_in_order(acting, leaf, slots, shared, before, write))
                 continue
             for i in group:
                 if active[i][leaf]:
@@ -215,18 +215,17 @@ class _Passage:
                              f"with tx.init(params) ({error})") from None
         return [type(state)(*row) for row in zip(*columns, strict=True)] if columns else [state] * len(self.updates)
 
-    def _operands(self, i: int, leaf: int) -> tuple[Rule, jax.Array, jax.Array | None]:
-        """The rule, the update and the parameter, ready for arithmetic."""
-        rule, dtype, param, path = self.program[i].rule, self.dtypes[leaf], self.param[leaf], self.grads.paths[leaf]
-        rule.check_dtype(self.updates[leaf], f"the gradient of {path!r}")
+    def _operands(self, i: int, leaf: int) -> tuple[Rule, np.dtype, jax.Array, jax.Array | None]:
+        """The rule, the dtype of its arithmetic, the update and the parameter."""
+        rule, update, param, path = self.program[i].rule, self.updates[leaf], self.param[leaf], self.grads.paths[leaf]
+        rule.check_dtype(update, f"the gradient of {path!r}")
         if param is None and rule.needs_params:
             raise ValueError(f"{rule.name}: needs the parameters (here {path!r}); call update(grads, state, params)")
-        if not jnp.issubdtype(self.updates[leaf].dtype, jnp.floating):
-            return rule, self.updates[leaf], param
+        if not jnp.issubdtype(update.dtype, jnp.floating):
+            return rule, update.dtype, update, param
         if param is not None:
             rule.check_dtype(param, f"the parameter {path!r}")
-            param = param.astype(dtype)
-        return self._resolved(i, dtype), self.updates[leaf].astype(dtype), param
+        return self._resolved(i, self.dtypes[leaf]), self.dtypes[leaf], update, param
 
     def _resolved(self, i: int, dtype: np.dtype) -> Rule:
         """The rule of a stage with its scalars as numbers for arithmetic in ``dtype``."""
@@ -240,11 +239,8 @@ class _Passage:
         stage = self.program[i]
         if stage.rule.scope != "tree":
             return ()
-        measured = []
-        for leaf, active in enumerate(stage.active):
-            if active:
-                rule, update, param = self._operands(i, leaf)
-                measured.append(rule.measure(update, param))
+        measured = [storage.unloaded(rule.measure, dtype, *operands) for rule, dtype, *operands in
+                    (self._operands(i, leaf) for leaf, active in enumerate(stage.active) if active)]
         return tuple(norms.joint_norm(arrays) for arrays in zip(*measured, strict=True))
 
     def _run_in_order(self, acting: list[int], leaf: int, slots: dict[int, list[Any]], shared: tuple[jax.Array, ...],
@@ -254,30 +250,19 @@ class _Passage:
         Returns what is written last, for a leaf that comes later to wait for.
         """
         arrived, stored = self.updates[leaf], {i: slots[i][leaf] for i in acting}
-        keeps = any(self.program[i].rule.scope == "leaf" for i in acting[1:])  # an update, until its norm is known
-        at_once = 1 if keeps else ordering.AT_ONCE
-        if len(before) >= at_once and (keeps or jax.tree.leaves(stored)):
-            arrived = self.updates[leaf] = ordering.after(before[-at_once], arrived)
-        for i in acting:
-            slots[i][leaf] = self._apply(i, leaf, slots[i][leaf], shared)
-        done = self.updates[leaf]
-        if write:
-            done = self.written[leaf] = storage.add(self.param[leaf], self.updates[leaf])
-        return self._renew_after_writing(acting, leaf, slots, arrived, stored, shared, done)
-
-    def _renew_after_writing(self, acting: list[int], leaf: int, slots: dict[int, list[Any]], arrived: jax.Array,
-                             stored: dict[int, Any], shared: tuple[jax.Array, ...], done: jax.Array) -> jax.Array:
-        """Where an update reads old slots: the new slots once more, from what is read when ``done`` is written.
-
-        The compiler drops what is not used of either run. Returns what is written last in the compute dtype.
-        """
-        rules = {i: self.program[i].rule for i in acting}
-        readers = [i for i in acting if rules[i].update_reads_old_slots or self._is_stored_rounded(i, leaf, stored[i])]
+        readers = [i for i in acting if self.program[i].rule.update_reads_old_slots or self._is_stored_rounded(i, leaf, stored[i])]
         again = acting[: acting.index(readers[-1]) + 1] if readers else []
-        if any(rules[i].needs_params or rules[i].scope == "leaf" for i in again):
-            return done  # the parameter is written by then, and a norm would be taken twice
-        # The arrived update goes the same way as the slots: a sum of two products is else rounded otherwise than in the first run.
-        update, (self.updates[leaf], stored) = self.updates[leaf], ordering.after(done, (arrived, {i: stored[i] for i in again}))
+        if any(self.program[i].rule.needs_params or self.program[i].rule.scope == "leaf" for i in again):
+            again = []  # the parameter is written by then, and a norm would be taken twice
+        self._wait(acting, leaf, stored, shared, before, readers, again)
+        for i in acting:
+            slots[i][leaf] = self._apply(i, leaf, stored[i], shared)
+        done = update = self.updates[leaf]
+        if write:
+            done = self.written[leaf] = storage.add(self.param[leaf], update)
+        # Where an update reads old slots: the new slots once more, from what is read when the parameter is written. The arrived update
+        # goes the same way, lest a sum of two products is rounded otherwise. The compiler drops what is not used of either run.
+        self.updates[leaf], stored = ordering.after(done, (arrived, {i: stored[i] for i in again}))
         for i in again:
             new = self._apply(i, leaf, stored[i], shared)
             if i in readers:
@@ -286,6 +271,19 @@ class _Passage:
         self.updates[leaf] = update
         return done
 
+    def _wait(self, acting: list[int], leaf: int, stored: dict[int, Any], shared: tuple[jax.Array, ...], before: list[jax.Array],
+              readers: list[int], again: list[int]) -> None:
+        """Lets the first loop over a leaf wait for a leaf before it: by the parameter or the update, whichever it reads in any case."""
+        rules, update, param = [self.program[i].rule for i in acting], self.updates[leaf], self.param[leaf]
+        loads_update, loads_param = (x is not None and x.dtype != self.dtypes[leaf] for x in (update, param))
+        keeps = any(rule.scope == "leaf" for rule in rules[not loads_update:])  # an update, until its norm is known
+        earlier = before[-1 if keeps else -ordering.AT_ONCE]
+        has_slots = any(jax.tree.leaves(stored[i]) for i in acting if self.program[i].rule.changes_update)
+        if keeps or (has_slots and not readers) or (shared and loads_update):
+            self.updates[leaf] = ordering.after(earlier, update)
+        if param is not None and (again or (keeps and loads_param)):
+            self.param[leaf] = ordering.after(earlier, param)
+
     def _is_stored_rounded(self, i: int, leaf: int, stored: Any) -> bool:
         """Whether a rule's update is made of its new slots, but not as they are stored: then the compiler makes it of the old ones."""
         floating = [slot for slot in jax.tree.leaves(stored) if jnp.issubdtype(slot.dtype, jnp.floating)]
@@ -293,32 +291,34 @@ class _Passage:
 
     def _apply(self, i: int, leaf: int, stored: Any, tree_norms: tuple[jax.Array, ...]) -> Any:
         """Runs one rule on one leaf; returns its new slots."""
-        rule, update, param = self._operands(i, leaf)
+        rule, dtype, update, param = self._operands(i, leaf)
         shapes = jax.tree.map(jnp.shape, stored)
         if any(slot.shape != update.shape for slot in jax.tree.leaves(stored)) and (
                 shapes != jax.tree.map(jnp.shape, jax.eval_shape(rule.init, update))):
             raise ValueError(f"{rule.name}: the gradient of {self.grads.paths[leaf]!r} has shape {update.shape}, its state "
                              f"{shapes}; they do not fit")
-        self.updates[leaf], slots = self._function(i, rule, update)(update, stored, param, tree_norms)
+        measured = tree_norms if rule.scope == "tree" else ()
+        if rule.scope == "leaf":  # of the parameter as it came: the compiler would keep what it loads for a norm and for more
+            came = None if self.params is None else self.params.values[leaf]
+            measured = norms.norm_of_each(storage.unloaded(rule.measure, dtype, update, came))
+        self.updates[leaf], slots = self._function(i, rule, dtype, isinstance(update, Tracer))(update, stored, param, measured)
         self._settle(i, leaf)
         return slots
 
-    def _function(self, i: int, rule: Rule, update: jax.Array) -> Callable[..., tuple[jax.Array, Any]]:
+    def _function(self, i: int, rule: Rule, dtype: np.dtype, traced: bool) -> Callable[..., tuple[jax.Array, Any]]:
         """A stage as a function of one leaf's arrays; in a trace it is one function for all leaves of a shape."""
-        key = (i, rule.name, update.dtype)
+        key = (i, rule.name, dtype)
         if key not in self.functions:
             count = self.owners[i][0].count
-            shared = rule.prepare(count, update.dtype)
+            shared = rule.prepare(count, dtype)
 
-            def function(update, stored, param, tree_norms):
-                measured = tuple(norm.astype(update.dtype) for norm in tree_norms) if rule.scope == "tree" else ()
-                if rule.scope == "leaf":
-                    measured = norms.norm_of_each(rule.measure(update, param))
-                loaded = jax.tree.map(lambda slot: storage.load(slot, update.dtype), stored)
+            def function(update, stored, param, measured):
+                update, loaded, param = jax.tree.map(lambda x: storage.load(x, dtype), (update, stored, param))
+                measured = tuple(norm.astype(dtype) for norm in measured)
                 update, slots = rule.apply(update, loaded, param, Step(count, measured, shared))
                 return update, jax.tree.map(storage.store, slots, stored)
 
-            self.functions[key] = jax.jit(function) if isinstance(update, Tracer) else function
+            self.functions[key] = jax.jit(function) if traced else function
         return self.functions[key]
 
     def _acts_on_idle(self, i: int, leaf: int) -> bool:

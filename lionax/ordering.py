@@ -9,10 +9,11 @@ update is made of the new one before it is rounded, that is of the old one.
 
 A gate's sums are set to zero, likewise, when all that reads them has been written.
 
-Left to itself the CPU's runtime runs the first loop of each leaf before the second of any, which then finds nothing in the cache that
-the first has read. So the gradient of a leaf waits, by such a zero, for what is written last of the leaf before the last one, and
-with the gradient all that is computed from it: two leaves are worked on at a time, that no core waits for another. If a norm of
-each update must be known before it is used, as in LAMB, it is one leaf, since its update is kept.
+Left to itself the CPU's runtime runs the first loop of every leaf before the second of any, which then finds nothing in the cache
+that the first has read. So the first waits, by such a zero, for what is written last of a leaf some places before. What waits is what
+it reads in any case: the parameter if that is written first, else the gradient, and with it all that is computed from it. If a norm
+of each update must be known before it is used, as in LAMB, one leaf is worked on at a time, since its update is kept; and then the
+parameter waits, too, if it is not in the dtype of the arithmetic, lest a loaded copy of it is kept from its norm on.
 """
 
 import functools
@@ -29,7 +30,7 @@ __all__ = ["AT_ONCE", "after", "rounded", "worth_ordering", "zeros_once_written"
 
 SMALLEST = 1 << 14  # elements; a smaller buffer is in the cache, and its copy cheaper than the order
 
-AT_ONCE = 2  # leaves
+AT_ONCE = 3  # leaves that are worked on; with fewer the cores wait for each other where memory is fast, with more the cache is too small
 
 _INTEGERS = {1: jnp.int8, 2: jnp.int16, 4: jnp.int32, 8: jnp.int64}
 

@@ -3,6 +3,7 @@
 Arithmetic runs in float32 (float64 for float64 leaves). A slot's dtype is fixed when it is made; `store` returns to it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,7 +13,8 @@ from jax.core import Tracer
 
 from lionax.masks import is_placeholder
 
-__all__ = ["Storage", "accumulator", "add", "check_storage", "compute_dtype", "in_place_of", "is_float0", "load", "store", "zeros"]
+__all__ = ["Storage", "accumulator", "add", "check_storage", "compute_dtype", "in_place_of", "is_float0", "load", "store", "unloaded",
+           "zeros"]
 
 Storage = Any
 """How a slot is kept: None for the parameter's dtype, or a floating-point dtype (``jnp.bfloat16``, ``"bfloat16"``)."""
@@ -58,6 +60,16 @@ def zeros(param: jax.Array, dtype: np.dtype | None) -> jax.Array:
 def load(slot: jax.Array, dtype: np.dtype) -> jax.Array:
     """A stored slot as numbers to compute with; integers and bools stay what they are."""
     return slot.astype(dtype) if jnp.issubdtype(slot.dtype, jnp.floating) else slot
+
+
+def unloaded(measure: Callable[..., tuple[jax.Array, ...]], dtype: np.dtype, *arrays: jax.Array | None) -> tuple[jax.Array, ...]:
+    """What a function makes of arrays loaded in ``dtype``; such as it returns untouched, as they are stored.
+
+    For norms, which load for themselves: of a loaded array that a branch reads, the compiler keeps a copy.
+    """
+    loaded = [array if array is None else load(array, dtype) for array in arrays]
+    stored = {id(new): old for new, old in zip(loaded, arrays, strict=True) if old is not None and compute_dtype(old) == dtype}
+    return tuple(stored.get(id(array), array) for array in measure(*loaded))
 
 
 def store(value: jax.Array, slot: jax.Array) -> jax.Array:

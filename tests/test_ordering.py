@@ -14,9 +14,10 @@ from jax.sharding import PartitionSpec as P
 from test_optax import optax_step
 
 import lionax
-from lionax.ordering import SMALLEST
+from lionax.ordering import AT_ONCE, SMALLEST
 
-PARAMS = {"large": cases.normal(160, 160), "other": cases.normal(256, 128, seed=1), "small": cases.normal(7)}
+PARAMS = {"large": cases.normal(160, 160), "other": cases.normal(256, 128, seed=1), "small": cases.normal(7),
+          **{f"third_{i}": cases.normal(128, 160, seed=i) for i in range(2, 5)}}
 WHOLE = sum(leaf.nbytes for leaf in PARAMS.values())
 LARGEST = max(leaf.nbytes for leaf in PARAMS.values())
 TXS = {
@@ -24,7 +25,8 @@ TXS = {
     "clip": lambda: lionax.chain(lionax.clip_by_global_norm(1.0), lionax.lion(0.01)),
     "bfloat16": lambda: lionax.lion(0.01, mu_dtype=jnp.bfloat16),
     "decay_before": lambda: lionax.chain(lionax.add_decayed_weights(0.1), lionax.lion(0.01), lionax.params_ema(0.9)),
-    "masked": lambda: lionax.partition({"a": lionax.lion(0.01), "b": lionax.sgd(0.01, 0.9)}, {"large": "a", "other": "b", "small": "a"}),
+    "masked": lambda: lionax.partition({"a": lionax.lion(0.01), "b": lionax.sgd(0.01, 0.9)},
+                                        {name: "b" if name in ("other", "third_3") else "a" for name in PARAMS}),
     "lamb": lambda: lionax.lamb(0.01, weight_decay=0.1),
     "clip_lamb": lambda: lionax.chain(lionax.clip_by_global_norm(1.0), lionax.lamb(0.01)),
     "average": lambda: lionax.chain(lionax.lion(0.01), lionax.params_ema(0.9)),
@@ -73,6 +75,13 @@ def test_one_update_is_kept_at_a_time(name):
     assert compiled_optax(optax.lamb(0.01)).memory_analysis().temp_size_in_bytes > 1.5 * WHOLE
 
 
+@pytest.mark.parametrize(("name", "kept"), [("lion", 0), ("clip", 0), ("lamb", 1)])
+def test_no_float32_copy_of_bfloat16_arrays(name, kept):
+    params = [cases.normal(256, 256, seed=seed, dtype=jnp.bfloat16) for seed in range(6)]
+    memory = compiled(TXS[name](), params).memory_analysis()
+    assert memory.temp_size_in_bytes < kept * 4 * 256 * 256 + 8192  # LAMB keeps one update, in float32
+
+
 def dependencies(program, results):
     """Of a compiled program: its results as names of instructions, and whether one of them is computed from another."""
     text = program.as_text()
@@ -86,13 +95,13 @@ def dependencies(program, results):
     return jax.tree.structure(results).unflatten(operands[root]), is_made_of
 
 
-@pytest.mark.parametrize(("name", "at_once", "last"), [("lion", 2, lambda p, s: s.rules[0].mu), ("sgd", 2, lambda p, s: p),
+@pytest.mark.parametrize(("name", "at_once", "last"), [("lion", AT_ONCE, lambda p, s: s.rules[0].mu), ("sgd", AT_ONCE, lambda p, s: p),
                                                        ("lamb", 1, lambda p, s: p)])
 def test_a_leaf_waits_for_one_before_it(name, at_once, last):
     tx = {**TXS, "sgd": lambda: lionax.sgd(0.01, 0.9)}[name]()
-    params = [cases.normal(160, 160, seed=seed) for seed in range(4)]
+    params = [cases.normal(160, 160, seed=seed) for seed in range(6)]
     (new, state), is_made_of = dependencies(compiled(tx, params), (params, tx.init(params)))
-    for leaf in range(4):
+    for leaf in range(6):
         waits_for = [other for other in range(leaf) if is_made_of(new[leaf], last(new, state)[other])]
         assert waits_for == list(range(leaf - at_once, -1, -at_once))[::-1]
 
@@ -105,6 +114,23 @@ def test_no_bit_is_changed(name):
     for t in range(5):
         grads = cases.gradients(PARAMS, t)
         a, b = one(*a, grads), two(*b, grads)
+        cases.assert_equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", ["lion", "bfloat16", "decay_before", "masked", "average", "lamb", "clip_lamb", "lamb_bfloat16",
+                                  "adam_bfloat16"])
+def test_no_bit_depends_on_the_order(name, dtype, monkeypatch):
+    tx, params = TXS[name](), jax.tree.map(lambda leaf: leaf.astype(dtype), PARAMS)
+    ordered = compiled(tx, params)
+    monkeypatch.setattr("lionax.ordering.SMALLEST", 1 << 30)
+    jax.clear_caches()
+    other = compiled(tx, params)
+    assert ordered.as_text() != other.as_text()
+    a = b = params, tx.init(params)
+    for t in range(3):
+        grads = cases.gradients(params, t)
+        a, b = (step(*jax.tree.map(jnp.copy, before), grads) for step, before in ((ordered, a), (other, b)))
         cases.assert_equal(a, b)
 
 
