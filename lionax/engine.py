@@ -297,11 +297,9 @@ class _Passage:
                 shapes != jax.tree.map(jnp.shape, jax.eval_shape(rule.init, update))):
             raise ValueError(f"{rule.name}: the gradient of {self.grads.paths[leaf]!r} has shape {update.shape}, its state "
                              f"{shapes}; they do not fit")
-        measured = tree_norms if rule.scope == "tree" else ()
-        if rule.scope == "leaf":  # of the parameter as it came: the compiler would keep what it loads for a norm and for more
-            came = None if self.params is None else self.params.values[leaf]
-            measured = norms.norm_of_each(storage.unloaded(rule.measure, dtype, update, came))
-        self.updates[leaf], slots = self._function(i, rule, dtype, isinstance(update, Tracer))(update, stored, param, measured)
+        # A norm is of the parameter as it came: what the compiler loads for it and for more, it would keep.
+        came = None if self.params is None or rule.scope != "leaf" else self.params.values[leaf]
+        self.updates[leaf], slots = self._function(i, rule, dtype, isinstance(update, Tracer))(update, stored, param, came, tree_norms)
         self._settle(i, leaf)
         return slots
 
@@ -312,9 +310,11 @@ class _Passage:
             count = self.owners[i][0].count
             shared = rule.prepare(count, dtype)
 
-            def function(update, stored, param, measured):
+            def function(update, stored, param, came, tree_norms):
+                measured = tuple(norm.astype(dtype) for norm in tree_norms) if rule.scope == "tree" else ()
+                if rule.scope == "leaf":
+                    measured = norms.norm_of_each(storage.unloaded(rule.measure, dtype, update, came))
                 update, loaded, param = jax.tree.map(lambda x: storage.load(x, dtype), (update, stored, param))
-                measured = tuple(norm.astype(dtype) for norm in measured)
                 update, slots = rule.apply(update, loaded, param, Step(count, measured, shared))
                 return update, jax.tree.map(storage.store, slots, stored)
 
