@@ -44,6 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
                 progress.advance(bar)
     except KeyboardInterrupt:
         console.print("Interrupted; what was measured so far:")
+    rows, best = measure.to_best_triad(rows, best)
     for table in report.tables(rows):
         console.print(table)
     console.print(f"The limit is the fewest bytes a step can move at {best / 1e9:.1f} GB/s, the best triad in this run:")

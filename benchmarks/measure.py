@@ -15,7 +15,8 @@ import optax
 import lionax
 from benchmarks import peers, trees
 
-__all__ = ["Row", "bandwidth", "compile_rows", "eager_row", "growth", "in_turns", "many_small_row", "step_rows"]
+__all__ = ["Row", "bandwidth", "compile_rows", "eager_row", "growth", "in_turns", "many_small_row", "step_rows",
+           "to_best_triad"]
 
 _TRIAD = 12  # bytes that a triad moves for each element
 PAIRS = {"lion": (lionax.lion(1e-3), optax.lion(1e-3)), "lamb": (lionax.lamb(1e-3), optax.lamb(1e-3))}
@@ -88,6 +89,13 @@ def bandwidth(size: int, repeats: int = 20) -> float:
         run()
         best = min(best, time.perf_counter() - start)
     return _TRIAD * size / best
+
+
+def to_best_triad(rows: list[Row], best: float) -> tuple[list[Row], float]:
+    """The rows with their fractions of the limit at the best bandwidth of all, those of triads in turns included, and that bandwidth."""
+    in_turns = [1e3 * _TRIAD * row.parameters / row.milliseconds for row in rows if row.contender == "triad"]
+    highest = max([best, *in_turns])
+    return [dataclasses.replace(row, of_limit=row.of_limit and row.of_limit * best / highest) for row in rows], highest
 
 
 def _rows(table: str, case: str, tree: str, parameters: int, built: Mapping[str, peers.Contender], times: Mapping[str, float],

@@ -262,7 +262,7 @@ class _Passage:
             done = self.written[leaf] = storage.add(self.param[leaf], update)
         # Where an update reads old slots: the new slots once more, from what is read when the parameter is written. The arrived update
         # goes the same way, lest a sum of two products is rounded otherwise. The compiler drops what is not used of either run.
-        self.updates[leaf], stored = ordering.after(done, (arrived, {i: stored[i] for i in again}))
+        self.updates[leaf], stored = ordering.after(done, (arrived, {i: stored[i] for i in again})) if again else (update, {})
         for i in again:
             new = self._apply(i, leaf, stored[i], shared)
             if i in readers:

@@ -3,8 +3,8 @@
 Lion's update and its new momentum both read the old one. XLA on the CPU makes two loops of the two results, and if the
 momentum's buffer is donated it first copies it, lest the loop that overwrites it run before the one that still reads it. The
 cure is to make the new momentum depend on the written parameter, by a zero that the compiler cannot see to be one: the bits
-of one element as an integer, bounded from above and below by 0, added to the bits of the old momentum. No bit of a result
-changes, and NaN does not spread. Elsewhere one loop writes both, and order would only hurt. A slot in bfloat16 is the same case: the
+of one element as an integer, bounded from above and below by 0, added to the bits of the old momentum. That changes no
+bit, and NaN does not spread. Elsewhere one loop writes both, and order would only hurt. A slot in bfloat16 is the same case: the
 update is made of the new one before it is rounded, that is of the old one.
 
 A gate's sums are set to zero, likewise, when all that reads them has been written.

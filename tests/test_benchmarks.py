@@ -29,6 +29,15 @@ def test_turns():
     assert set(times) == {"a", "b"}
 
 
+def test_the_limit_is_that_of_the_best_triad():
+    rows = [measure.Row("step", "lion", "mlp", "lionax", 1000, 2.0, of_limit=0.5), measure.Row("eager", "lion", "mlp", "lionax", 1000, 2.0),
+            measure.Row("step", "lion", "mlp", "triad", 1000, 1.0, of_limit=2.0)]
+    scaled, best = measure.to_best_triad(rows, 6e6)
+    assert best == 12e6  # 12 bytes for each of 1000 elements in a millisecond
+    assert [row.of_limit for row in scaled] == [0.25, None, 1.0]
+    assert measure.to_best_triad(rows, 24e6) == (rows, 24e6)
+
+
 def test_the_command_writes_a_table_pictures_and_json(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(trees.QUICK, "mlp", lambda: trees.mlp(1, 64))
     command.main(["--quick", "--trees", "mlp", "--cases", "lion;lamb", "--steps-only", "--out", str(tmp_path)])
