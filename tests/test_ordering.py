@@ -118,8 +118,8 @@ def test_no_bit_is_changed(name):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("name", ["lion", "bfloat16", "decay_before", "masked", "average", "lamb", "clip_lamb", "lamb_bfloat16",
-                                  "adam_bfloat16"])
+@pytest.mark.parametrize("name", ["lion", "lamb", *(pytest.param(name, marks=pytest.mark.slow) for name in (
+    "bfloat16", "decay_before", "masked", "average", "clip_lamb", "lamb_bfloat16", "adam_bfloat16"))])
 def test_no_bit_depends_on_the_order(name, dtype, monkeypatch):
     tx, params = TXS[name](), jax.tree.map(lambda leaf: leaf.astype(dtype), PARAMS)
     ordered = compiled(tx, params)
