@@ -122,7 +122,7 @@ class _Passage:
     def __init__(self, grads: Leaves, params: Leaves | None):
         values = [None] * len(grads.values) if params is None else params.values
         self.grads, self.params = grads, params
-        self.param = list(values)  # for each leaf, or None
+        self.param = list(values)  # for each leaf, or None; a leaf that waits is read from here meanwhile
         self.updates: list[Any] = list(grads.values)
         self.written: list[Any] = [None] * len(values)  # the new parameters, if they are asked for
         self.dtypes: list[Any] = [storage.compute_dtype(*(x for x in (g, p) if x is not None)) if present else None
@@ -245,16 +245,13 @@ class _Passage:
 
     def _run_in_order(self, acting: list[int], leaf: int, slots: dict[int, list[Any]], shared: tuple[jax.Array, ...],
                       before: list[jax.Array], write: bool) -> jax.Array:
-        """Runs the rules on one leaf, and may write its parameter, with the writes in the order that `lionax.ordering` tells.
-
-        Returns what is written last, for a leaf that comes later to wait for.
-        """
-        arrived, stored = self.updates[leaf], {i: slots[i][leaf] for i in acting}
+        """Runs the rules on one leaf, and may write its parameter, in the order that `lionax.ordering` tells; returns what is last."""
+        arrived, param, stored = self.updates[leaf], self.param[leaf], {i: slots[i][leaf] for i in acting}
         readers = [i for i in acting if self.program[i].rule.update_reads_old_slots or self._is_stored_rounded(i, leaf, stored[i])]
         again = acting[: acting.index(readers[-1]) + 1] if readers else []
         if any(self.program[i].rule.needs_params or self.program[i].rule.scope == "leaf" for i in again):
             again = []  # the parameter is written by then, and a norm would be taken twice
-        self._wait(acting, leaf, stored, shared, before, readers, again)
+        self._wait(leaf, stored, before, bool(shared), bool(readers), bool(again) and write)
         for i in acting:
             slots[i][leaf] = self._apply(i, leaf, stored[i], shared)
         done = update = self.updates[leaf]
@@ -262,26 +259,27 @@ class _Passage:
             done = self.written[leaf] = storage.add(self.param[leaf], update)
         # Where an update reads old slots: the new slots once more, from what is read when the parameter is written. The arrived update
         # goes the same way, lest a sum of two products is rounded otherwise. The compiler drops what is not used of either run.
-        self.updates[leaf], stored = ordering.after(done, (arrived, {i: stored[i] for i in again})) if again else (update, {})
+        if again:
+            self.updates[leaf], stored = ordering.after(done, (arrived, {i: stored[i] for i in again}))
         for i in again:
             new = self._apply(i, leaf, stored[i], shared)
             if i in readers:
                 slots[i][leaf] = new
                 done = next((s for s in jax.tree.leaves(new) if (s.shape, s.dtype) == (arrived.shape, self.dtypes[leaf])), done)
-        self.updates[leaf] = update
+        self.updates[leaf], self.param[leaf] = update, param
         return done
 
-    def _wait(self, acting: list[int], leaf: int, stored: dict[int, Any], shared: tuple[jax.Array, ...], before: list[jax.Array],
-              readers: list[int], again: list[int]) -> None:
+    def _wait(self, leaf: int, stored: dict[int, Any], before: list[jax.Array], normed: bool, reads_old: bool, param_first: bool) -> None:
         """Lets the first loop over a leaf wait for a leaf before it: by the parameter or the update, whichever it reads in any case."""
-        rules, update, param = [self.program[i].rule for i in acting], self.updates[leaf], self.param[leaf]
+        update, param, rules = self.updates[leaf], self.param[leaf], {i: self.program[i].rule for i in stored}
         loads_update, loads_param = (x is not None and x.dtype != self.dtypes[leaf] for x in (update, param))
-        keeps = any(rule.scope == "leaf" for rule in rules[not loads_update:])  # an update, until its norm is known
+        scopes = [rule.scope for rule in rules.values()]
+        keeps = "leaf" in (scopes if loads_update else scopes[1:])  # an update, or a loaded gradient, until its norm is known
         earlier = before[-1 if keeps else -ordering.AT_ONCE]
-        has_slots = any(jax.tree.leaves(stored[i]) for i in acting if self.program[i].rule.changes_update)
-        if keeps or (has_slots and not readers) or (shared and loads_update):
+        has_slots = any(jax.tree.leaves(stored[i]) for i, rule in rules.items() if rule.changes_update)
+        if keeps or (has_slots and not reads_old) or (normed and loads_update):
             self.updates[leaf] = ordering.after(earlier, update)
-        if param is not None and (again or (keeps and loads_param)):
+        if param is not None and (param_first or (keeps and loads_param)):
             self.param[leaf] = ordering.after(earlier, param)
 
     def _is_stored_rounded(self, i: int, leaf: int, stored: Any) -> bool:
