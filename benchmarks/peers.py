@@ -16,10 +16,12 @@ import optax
 
 import lionax
 from benchmarks.trees import arrays, filled
+from lionax.kernels import cpu, one_pass
 
-__all__ = ["CASES", "Case", "Contender", "compiled", "optax_step"]
+__all__ = ["CASES", "ONE_PASS", "Case", "Contender", "compiled", "optax_step"]
 
 RATE = 1e-3
+ONE_PASS = "lionax, one pass"  # with `lionax.kernels`
 
 
 @dataclasses.dataclass
@@ -74,6 +76,10 @@ def of_jax(step: Callable[..., Any], init: Callable[..., Any], calls: int = 1) -
 
 def ours(tx: lionax.Transformation, calls: int = 1) -> Build:
     return of_jax(tx.step, tx.init, calls)
+
+
+def in_one_pass(tx: lionax.Transformation, calls: int = 1) -> Build:
+    return of_jax(one_pass(tx.step), tx.init, calls)
 
 
 def theirs(tx: optax.GradientTransformation) -> Build:
@@ -166,32 +172,39 @@ class Case:
         needs = {"Keras 3": ("keras",), "PyTorch": ("torch",), "lion-pytorch": ("torch", "lion_pytorch"), "flashoptim": ("flashoptim_jax",)}
         there = {name: build for name, build in self.contenders.items()
                  if all(map(importlib.util.find_spec, needs.get(name.split(",")[0], ())))}
-        if jax.default_backend() != "gpu":
-            there.pop("flashoptim", None)
+        there.pop("flashoptim" if jax.default_backend() != "gpu" else ONE_PASS, None)
+        if cpu.compiler() is None:
+            there.pop(ONE_PASS, None)
         return there
 
 
+def with_optax(tx: lionax.Transformation, peer: optax.GradientTransformation) -> dict[str, Build]:
+    """A step of lionax, as XLA compiles it and in one pass, and the same of Optax."""
+    return {"lionax": ours(tx), ONE_PASS: in_one_pass(tx), "Optax": theirs(peer)}
+
+
+AVERAGED = lionax.chain(lionax.accumulate(lionax.lion(RATE), 4), lionax.params_ema(0.99))
 CASES: dict[str, Case] = {
     "lion": Case(20, "reads gradient, parameter, momentum; writes parameter, momentum", {
-        "lionax": ours(lionax.lion(RATE)), "Optax": theirs(optax.lion(RATE)), "Keras 3": keras("Lion", weight_decay=1e-3),
+        **with_optax(lionax.lion(RATE), optax.lion(RATE)), "Keras 3": keras("Lion", weight_decay=1e-3),
         "lion-pytorch": torch(lion_pytorch), "flashoptim": flash("flash_lion")}),
     "clip_by_global_norm, lion": Case(24, "reads the gradient once more, for the norm", {
-        "lionax": ours(lionax.chain(lionax.clip_by_global_norm(1.0), lionax.lion(RATE))),
-        "Optax": theirs(optax.chain(optax.clip_by_global_norm(1.0), optax.lion(RATE))),
+        **with_optax(lionax.chain(lionax.clip_by_global_norm(1.0), lionax.lion(RATE)),
+                      optax.chain(optax.clip_by_global_norm(1.0), optax.lion(RATE))),
         "Keras 3": keras("Lion", weight_decay=1e-3, global_clipnorm=1.0)}),
     "lion, mu_dtype=bfloat16": Case(16, "as lion, with two bytes for the momentum", {
-        "lionax": ours(lionax.lion(RATE, mu_dtype="bfloat16")), "Optax": theirs(optax.lion(RATE, mu_dtype="bfloat16"))}),
+        **with_optax(lionax.lion(RATE, mu_dtype="bfloat16"), optax.lion(RATE, mu_dtype="bfloat16"))}),
     "lamb": Case(40, "reads gradient, parameter and moments and writes the moments, while it sums; then reads parameter and moments "
                  "again and writes the parameter", {
-        "lionax": ours(lionax.lamb(RATE)), "Optax": theirs(optax.lamb(RATE)), "Keras 3": keras("Lamb"),
+        **with_optax(lionax.lamb(RATE), optax.lamb(RATE)), "Keras 3": keras("Lamb"),
         "PyTorch, fused AdamW": torch(lambda t, params: t.optim.AdamW(params, lr=RATE, fused=True)),
         "PyTorch, foreach AdamW": torch(lambda t, params: t.optim.AdamW(params, lr=RATE, foreach=True))}),
     "sgd, momentum": Case(20, "reads gradient, parameter, momentum; writes parameter, momentum", {
-        "lionax": ours(lionax.sgd(RATE, 0.9)), "Optax": theirs(optax.sgd(RATE, 0.9)), "Keras 3": keras("SGD", momentum=0.9),
+        **with_optax(lionax.sgd(RATE, 0.9), optax.sgd(RATE, 0.9)), "Keras 3": keras("SGD", momentum=0.9),
         "PyTorch, fused SGD": torch(lambda t, params: t.optim.SGD(params, lr=RATE, momentum=0.9, fused=True)),
         "PyTorch, foreach SGD": torch(lambda t, params: t.optim.SGD(params, lr=RATE, momentum=0.9, foreach=True)),
         "flashoptim": flash("flash_sgd", momentum=0.9)}),
     "lion, accumulation of 4, average": Case(None, "four calls", {
-        "lionax": ours(lionax.chain(lionax.accumulate(lionax.lion(RATE), 4), lionax.params_ema(0.99)), calls=4),
+        "lionax": ours(AVERAGED, calls=4), ONE_PASS: in_one_pass(AVERAGED, calls=4),
         "Optax": optax_averaged(optax.lion(RATE), 4)}),
 }

@@ -382,6 +382,7 @@ class _Passage:
         choice, state, ways = gate.rule.open(arrived, self.states[i], own)
         later = self.states[i + 1:] if write else []
 
+        @ordering.tracing_for_kernels(False)
         def take(way: Way, params: list[Any], states: list[Any]) -> tuple[list[Any], list[Any]]:
             passage, state, end = self.fork(i, params, states[1:]), states[0], i
             passage.replace_updates(gate, no_update(arrived) if way.updates is None else way.updates(state))

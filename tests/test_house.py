@@ -13,19 +13,20 @@ import cases
 import pytest
 
 import lionax
+from lionax.kernels import one_pass
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "lionax"
 MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path for path in PACKAGE.rglob("*.py")}
 
 # From the bottom up: a module imports only from those before it.
-ORDER = ["masks", "storage", "norms", "ordering", "hyperparameters", "rule", "layout", "settings", "engine", "eager", "transformation",
+ORDER = ["masks", "storage", "ordering", "norms", "hyperparameters", "rule", "layout", "settings", "engine", "eager", "transformation",
          "combining", "sign_momentum", "momentum", "adaptive", "decay", "clipping", "scaling", "averaging", "accumulation", "safety",
-         "optimizers", "traffic", "monitoring",
+         "optimizers", "traffic", "monitoring", "kernels.passes", "kernels.cpu", "kernels.__init__",
          "compat.keras_schedules", "compat.keras_parts", "compat.keras2", "compat.keras3", "compat.dtensor", "compat.tf_models",
          "compat.weights", "compat.optax_states", "compat.__init__", "config", "__init__",
          "demo.__init__", "demo.text", "demo.model", "demo.training", "demo.report", "demo.sweep", "demo.command", "__main__"]
-CORE = [name for name in ORDER if not name.startswith(("demo", "compat", "__"))]
+CORE = [name for name in ORDER if not name.startswith(("demo", "compat", "__")) and not name.endswith(".__init__")]
 MAKERS = [name for name in lionax.__all__ if getattr(getattr(lionax, name), "__annotations__", {}).get("return") is lionax.Transformation
           and name != "from_config"]
 
@@ -86,7 +87,7 @@ def test_every_public_name_is_exported_once():
     assert lionax.__all__ == sorted(lionax.__all__)
 
 
-PUBLIC = {name: getattr(lionax, name) for name in lionax.__all__}
+PUBLIC = {name: getattr(lionax, name) for name in lionax.__all__} | {"kernels.one_pass": one_pass}
 PUBLIC |= {name: getattr(lionax.compat, name) for name in lionax.compat.__all__ if name.endswith(("_optax", "_weights"))}
 for system in (lionax.compat.keras2, lionax.compat.keras3, lionax.compat.dtensor, lionax.compat.tf_models):
     functions = ("Lion", "SGD", "Lamb", "LAMB", "from_config", "to_config")
