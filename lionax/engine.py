@@ -382,7 +382,6 @@ class _Passage:
         choice, state, ways = gate.rule.open(arrived, self.states[i], own)
         later = self.states[i + 1:] if write else []
 
-        @ordering.tracing_for_kernels(False)
         def take(way: Way, params: list[Any], states: list[Any]) -> tuple[list[Any], list[Any]]:
             passage, state, end = self.fork(i, params, states[1:]), states[0], i
             passage.replace_updates(gate, no_update(arrived) if way.updates is None else way.updates(state))
@@ -404,12 +403,13 @@ class _Passage:
             return out, [state._replace(**way.changes), *passage.states[end:]]
 
         out, states = self.param, [state, *later]
-        if write:
-            # Of a branch beside one that changes nothing, the compiler writes the results in place; of others it would copy them.
-            for index, way in enumerate(ways):
-                out, states = jax.lax.cond(choice == index, functools.partial(take, way), lambda *same: same, out, states)
-        else:
-            out, states = jax.lax.switch(choice, [functools.partial(take, way) for way in ways], out, states)
+        with ordering.for_kernels(False):  # they leave branches to the compiler
+            if write:
+                # Of a branch beside one that changes nothing, the compiler writes the results in place; of others it would copy them.
+                for index, way in enumerate(ways):
+                    out, states = jax.lax.cond(choice == index, functools.partial(take, way), lambda *same: same, out, states)
+            else:
+                out, states = jax.lax.switch(choice, [functools.partial(take, way) for way in ways], out, states)
         self.states[i:i + len(states)] = states
         return [old if new is None else new for old, new in zip(self.param if write else self.updates, out, strict=True)]
 

@@ -43,12 +43,12 @@ def joint_norm(arrays: Sequence[jax.Array]) -> jax.Array:
       A scalar, float32 or float64; 0 for no arrays. A norm above the largest finite number is that number, so that a
       finite gradient is never scaled to zero; inf and NaN elements give inf and NaN.
     """
-    return _norms((tuple(arrays),), storage.compute_dtype(*arrays), ordering.for_kernels())[0]
+    return _norms((tuple(arrays),), storage.compute_dtype(*arrays))[0]
 
 
 def norm_of_each(arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
     """The norm of every array by itself, as `joint_norm` gives it; all in one dtype."""
-    return _norms(tuple((array,) for array in arrays), storage.compute_dtype(*arrays), ordering.for_kernels())
+    return _norms(tuple((array,) for array in arrays), storage.compute_dtype(*arrays))
 
 
 def all_finite(arrays: Sequence[jax.Array]) -> jax.Array:
@@ -79,18 +79,18 @@ def _pairwise(values: Sequence[jax.Array]) -> jax.Array:
     return rows[0]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _norms(groups: tuple[tuple[jax.Array, ...], ...], dtype: np.dtype, in_double: bool) -> tuple[jax.Array, ...]:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+@functools.partial(jax.jit, static_argnums=1)
+def _norms(groups: tuple[tuple[jax.Array, ...], ...], dtype: np.dtype) -> tuple[jax.Array, ...]:
     """The joint norm of each group."""
-    return lax.platform_dependent(groups, cpu=functools.partial(in_few_passes, dtype=dtype, in_double=in_double),
+    return lax.platform_dependent(groups, cpu=functools.partial(in_few_passes, dtype=dtype),
                                   default=functools.partial(in_one_pass, dtype=dtype))
 
 
 @_norms.defjvp
-def _norms_jvp(dtype, in_double, primals, tangents):
+def _norms_jvp(dtype, primals, tangents):
     ((groups,), (directions,)) = primals, tangents
-    norms = _norms(groups, dtype, in_double)
+    norms = _norms(groups, dtype)
     return norms, tuple(_slope(*each, dtype) for each in zip(norms, groups, directions, strict=True))
 
 
@@ -124,17 +124,16 @@ def _sum_of_squares(arrays: Sequence[jax.Array], scale: Callable[[jax.Array], ja
     return _total([jnp.sum(jnp.square(scale(x.astype(dtype)))) for x in arrays], dtype)
 
 
-def in_few_passes(groups: Sequence[Sequence[jax.Array]], dtype: np.dtype, in_double: bool = False) -> tuple[jax.Array, ...]:
+def in_few_passes(groups: Sequence[Sequence[jax.Array]], dtype: np.dtype) -> tuple[jax.Array, ...]:
     """The joint norm of each group, for the CPU, whose compiler makes one pass over memory, and one program, of each reduction.
 
     A small array is summed in float64, in which no square of a float32 is out of range. That takes twice the time of a sum in
-    float32, so of the large ones, unless ``in_double``, a sum in float32 is tried first; if one group's is out of range, all are
-    summed in float64.
+    float32, so of the large ones a sum in float32 is tried first; if one group's is out of range, all are summed in float64.
     """
     if dtype == jnp.float64:
         return in_one_pass(groups, dtype)
-    small = [[array for array in group if in_double or not _is_large(array)] for group in groups]
-    large = [[array for array in group if not in_double and _is_large(array)] for group in groups]
+    small = [[array for array in group if not _is_large(array)] for group in groups]
+    large = [[array for array in group if _is_large(array)] for group in groups]
     with jax.enable_x64(True):
         sums = _sums_in_double(small)
         if any(large):
@@ -146,7 +145,9 @@ def in_few_passes(groups: Sequence[Sequence[jax.Array]], dtype: np.dtype, in_dou
 
 
 def _is_large(array: jax.Array) -> bool:
-    """Whether a sum in float32 is tried first; so it is if a dimension is not known."""
+    """Whether a sum in float32 is tried first; so it is if a dimension is not known, but not where one in float64 costs no more."""
+    if ordering.for_kernels.value:
+        return False
     return not isinstance(array.size, int) or array.size >= _LARGE
 
 

@@ -16,10 +16,7 @@ of each update must be known before it is used, as in LAMB, one leaf is worked o
 parameter waits, too, if it is not in the dtype of the arithmetic, lest a loaded copy of it is kept from its norm on.
 """
 
-import contextlib
-import contextvars
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -29,7 +26,7 @@ from jax.core import ShapedArray, Tracer
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-__all__ = ["AT_ONCE", "after", "for_kernels", "rounded", "tracing_for_kernels", "worth_ordering", "zeros_once_written"]
+__all__ = ["AT_ONCE", "after", "for_kernels", "rounded", "worth_ordering", "zeros_once_written"]
 
 SMALLEST = 1 << 14  # elements; a smaller buffer is in the cache, and its copy cheaper than the order
 
@@ -37,27 +34,13 @@ AT_ONCE = 3  # leaves that are worked on; with fewer the cores wait for each oth
 
 _INTEGERS = {1: jnp.int8, 2: jnp.int16, 4: jnp.int32, 8: jnp.int64}
 
-_for_kernels = contextvars.ContextVar("_for_kernels", default=False)
-
-
-def for_kernels() -> bool:
-    """Whether what is being traced is for `lionax.kernels`, which write several arrays, and sum them in float64, in one pass."""
-    return _for_kernels.get()
-
-
-@contextlib.contextmanager
-def tracing_for_kernels(value: bool) -> Iterator[None]:
-    """Says so, or says that it is not."""
-    token = _for_kernels.set(value)
-    try:
-        yield
-    finally:
-        _for_kernels.reset(token)
+for_kernels = jax.make_user_context(default_value=False)
+"""Whether what is being traced is for `lionax.kernels`, which write several arrays, and sum them in float64, in one pass."""
 
 
 def worth_ordering(array: jax.Array) -> bool:
     """Whether an array is being compiled, floating-point, known to be large, and not known to be spread over a mesh."""
-    if for_kernels() or not isinstance(array, Tracer) or not jnp.issubdtype(array.dtype, jnp.floating):
+    if for_kernels.value or not isinstance(array, Tracer) or not jnp.issubdtype(array.dtype, jnp.floating):
         return False
     if not isinstance(array.size, int) or array.size < SMALLEST:
         return False

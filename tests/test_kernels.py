@@ -177,6 +177,8 @@ def test_divisions_and_roots():
         return jnp.sqrt(x) / (y + 2.0), jnp.maximum(x, y) - y / 3.0
 
     special = jnp.asarray([0.0, -0.0, np.inf, -np.inf, np.nan, 1e-40, 3.4e38, -1.0, 2.0] * 3)
+    for divisor in (3.0, 0.0, 1e-39, np.inf):
+        assert_equal(jax.jit(kernels.one_pass(lambda x, by=divisor: x / by))(special), jax.jit(lambda x, by=divisor: x / by)(special))
     for x, y in ((special, special[::-1]), (special, special)):
         assert_equal(jax.jit(kernels.one_pass(function))(x, y), jax.jit(function)(x, y))
 
@@ -186,6 +188,68 @@ def test_results_that_are_not_computed():
         return y, x + 1.0, 3.0, None
 
     assert_equal(jax.jit(kernels.one_pass(function))(jnp.ones(3), jnp.zeros(3)), jax.jit(function)(jnp.ones(3), jnp.zeros(3)))
+
+
+def test_what_the_function_closes_over():
+    x, weights = jnp.arange(4.0), jnp.asarray([1.0, 2.0, 3.0, 4.0])
+
+    def total(scale):
+        return jnp.sum(kernels.one_pass(lambda y: y * scale + weights)(x))
+
+    assert jax.jit(jax.grad(total))(2.0) == jax.grad(total)(2.0) == 6.0
+    assert jax.jit(total)(2.0) == 22.0
+    assert jax.jit(jax.jacfwd(total))(2.0) == 6.0
+    np.testing.assert_array_equal(jax.jit(jax.vmap(total))(jnp.asarray([1.0, 2.0])), [16.0, 22.0])
+
+
+@pytest.mark.parametrize("name", ["lion", "lamb"])
+def test_a_step_that_is_traced_for_both(name):
+    params = {f"leaf_{i}": cases.normal(160, 160, seed=i) for i in range(4)}
+    tx = TXS[name]()
+
+    def temporary(step):
+        return jax.jit(step, donate_argnums=(0, 1)).lower(params, tx.init(params), params).compile().memory_analysis().temp_size_in_bytes
+
+    once, both = jax.jit(tx.step), jax.jit(tx.step)
+    alone = temporary(once)
+    assert temporary(kernels.one_pass(once)) < 4096
+    assert temporary(kernels.one_pass(both)) < 4096
+    assert temporary(both) == alone
+
+
+def test_numbers_everywhere_in_an_array():
+    def function(x, s):
+        zeros, ones = jnp.zeros_like(x), jnp.ones_like(x)
+        return zeros + s, ones * s, zeros + 0.0, ones * 1.0, zeros + zeros, zeros + x, x * ones, zeros - x, x / (2.0 * ones)
+
+    assert_equal(jax.jit(kernels.one_pass(function))(cases.normal(5), jnp.float32(3)), jax.jit(function)(cases.normal(5), jnp.float32(3)))
+
+
+def test_a_division_by_a_scalar():
+    x, s = cases.normal(3000), jnp.float32(3.7)
+    assert_equal(jax.jit(kernels.one_pass(jnp.divide))(x, s), jax.jit(jnp.divide)(x, s))
+
+
+def test_many_norms_one_after_the_other():
+    def function(x):
+        for _ in range(60):
+            x = x * 0.5 + x / (1.0 + jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float64))).astype(jnp.float32)))
+        return x
+
+    with jax.enable_x64(True):
+        x = cases.normal(1000)
+        plan = passes._Plan(jax.make_jaxpr(function)(x).jaxpr)
+        assert max(len(one.program) // 6 for _, one in plan.passes) < 50
+        assert_equal(jax.jit(kernels.one_pass(function))(x), jax.jit(function)(x), rtol=1e-5)
+
+
+def test_without_jit_and_with_checks():
+    tx, params = lionax.sgd(0.1, 0.9), cases.normal(5, 4)
+    with jax.disable_jit():
+        new = kernels.one_pass(tx.step)(params, tx.init(params), params)
+    assert_equal(new, tx.step(params, tx.init(params), params), rtol=1e-6)
+    with jax.debug_nans(True), pytest.raises(FloatingPointError):
+        kernels.one_pass(lambda x: x / x)(jnp.zeros(3))
 
 
 @pytest.mark.parametrize("seed", range(3))

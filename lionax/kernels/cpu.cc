@@ -48,7 +48,7 @@ struct Scalar {
 // What an instruction reads or writes.
 struct Place {
   char* data;
-  int64_t width;  // bytes from one element to the next block's: 0 for a scalar and for a register, which is the same in every block
+  int64_t width;  // bytes of an element; 0 for scalars and registers, whose place is the same in every block
   bool scalar;
 
   Place At(int64_t element) const { return {data + element * width, width, scalar}; }
@@ -83,7 +83,7 @@ inline uint16_t ToBf16(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-  return x != x ? 0x7fc0 : rounded;
+  return x != x ? ((bits >> 16) & 0x8000) | 0x7fc0 : rounded;
 }
 
 template <typename F>
@@ -169,13 +169,13 @@ inline void Run(const std::vector<Instruction>& program, int64_t at, int64_t n, 
       case kMul: Map([](float x, float y) { return x * y; }, to, a, b, n); break;
       case kDiv: Map([](float x, float y) { return x / y; }, to, a, b, n); break;
       // A NaN on either side is the result.
-      case kMax: Map([](float x, float y) { return x != x || x > y ? x : y; }, to, a, b, n); break;
-      case kMin: Map([](float x, float y) { return x != x || x < y ? x : y; }, to, a, b, n); break;
+      case kMax: Map([](float x, float y) { return x != x || x >= y ? x : y; }, to, a, b, n); break;
+      case kMin: Map([](float x, float y) { return x != x || x <= y ? x : y; }, to, a, b, n); break;
       case kNeg: Map([](float x) { return -x; }, to, a, n); break;
       case kAbs: Map([](float x) { return std::fabs(x); }, to, a, n); break;
-      case kSign: Map([](float x) { return x > 0 ? 1.0f : x < 0 ? -1.0f : x; }, to, a, n); break;
+      case kSign: Map([](float x) { return x > 0 ? 1.0f : x < 0 ? -1.0f : x != x ? x : std::copysign(0.0f, x); }, to, a, n); break;
       case kSqrt: Map([](float x) { return std::sqrt(x); }, to, a, n); break;
-      case kCopy: std::memcpy(to.data, a.data, n * to.width); break;
+      case kCopy: std::memcpy(to.data, a.data, n * to.width); break;  // to a result
       case kFma: Map([](float x, float y, float z) { return Fma(x, y, z); }, to, a, b, c, n); break;
       case kFms: Map([](float x, float y, float z) { return Fma(x, y, -z); }, to, a, b, c, n); break;
       case kFnma: Map([](float x, float y, float z) { return Fma(-x, y, z); }, to, a, b, c, n); break;
@@ -280,9 +280,12 @@ ffi::Error OnePass(ffi::ThreadPool threads, ffi::Span<const int64_t> program, ff
   std::vector<Place> places;
   std::vector<double*> sums;
   int64_t size = 0;
+  bool fits = program.size() % kFields == 0;
   auto add = [&](const ffi::AnyBuffer& buffer) {
     const bool scalar = buffer.dimensions().size() == 0;
-    if (!scalar) size = buffer.element_count();
+    const int64_t count = buffer.element_count();
+    fits &= scalar || size == 0 || size == count;
+    if (!scalar) size = count;
     places.push_back({static_cast<char*>(buffer.untyped_data()), scalar ? 0 : buffer.element_type() == ffi::BF16 ? 2 : 4, scalar});
   };
   for (size_t i = 0; i < arguments.size(); ++i) add(*arguments.get<ffi::AnyBuffer>(i));
@@ -295,6 +298,12 @@ ffi::Error OnePass(ffi::ThreadPool threads, ffi::Span<const int64_t> program, ff
     }
   }
   for (const float& constant : constants) places.push_back({reinterpret_cast<char*>(const_cast<float*>(&constant)), 0, true});
+  for (size_t i = 0; i < program.size(); ++i) {
+    const bool sum = i % kFields == 1 && program[i - 1] == kSumOfSquares;
+    const size_t limit = i % kFields == 0 ? kSumOfSquares + 1 : sum ? sums.size() : places.size() + registers;
+    fits &= program[i] >= 0 && static_cast<size_t>(program[i]) < limit;
+  }
+  if (!fits) return ffi::Error::InvalidArgument("lionax_one_pass: the program does not fit the buffers");
   // Shared with the threads, of which one may begin when all is done.
   auto pass = std::make_shared<Pass>(std::move(places), program, registers, sums.size(), size);
   const int64_t others = std::min<int64_t>(threads.num_threads(), pass->chunks()) - 1;

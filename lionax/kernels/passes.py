@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr
 
 __all__ = ["OPERATIONS", "Pass", "evaluate"]
 
@@ -26,6 +25,8 @@ OPERATIONS = ("add", "sub", "mul", "div", "max", "min", "neg", "abs", "sign", "s
               "from_bfloat16", "to_bfloat16", "sum_of_squares")
 """What a pass can do, in the order of ``Operation`` in cpu.cc."""
 
+
+_MANY = 32  # arrays from which one is made that is rather kept than made again
 
 _FLOAT, _HALF, _DOUBLE = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float64)
 _ELEMENTWISE = {"add", "sub", "mul", "div", "max", "min", "neg", "abs", "sign", "sqrt"}
@@ -90,12 +91,9 @@ class _Trace:
         self._splats: dict[_Value, Any] = {}  # arrays that are a scalar everywhere
         self._known: dict[Any, _Value] = {}
 
-    def inline(self, jaxpr: Any, constants: Sequence[Any], arguments: Iterable[Any]) -> list[Any]:
-        """Adds a jaxpr's operations; returns its results."""
-        env = dict(zip(jaxpr.invars, arguments, strict=True))
-        for var, constant in zip(jaxpr.constvars, constants, strict=True):
-            env[var] = value = _Value(var.aval.shape, var.aval.dtype)
-            self.constants[value] = constant
+    def inline(self, jaxpr: Any, arguments: Iterable[Any]) -> list[Any]:
+        """Adds the operations of a jaxpr, given arguments and then constants; returns its results."""
+        env = dict(zip((*jaxpr.invars, *jaxpr.constvars), arguments, strict=True))
 
         def read(atom: Any) -> Any:
             return np.asarray(atom.val, atom.aval.dtype) if hasattr(atom, "val") else env[atom]
@@ -110,7 +108,12 @@ class _Trace:
                 operands = operands[1:]
                 inner = next(branch for branch, names in zip(eqn.params["branches"], eqn.params["branches_platforms"], strict=True)
                              if names is None or "cpu" in names)
-            results = self._add(eqn, operands) if inner is None else self.inline(inner.jaxpr, inner.consts, operands)
+            if inner is None:
+                results = self._add(eqn, operands)
+            else:
+                constants = [_Value(var.aval.shape, var.aval.dtype) for var in inner.jaxpr.constvars]
+                self.constants.update(zip(constants, inner.consts, strict=True))
+                results = self.inline(inner.jaxpr, [*operands, *constants])
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
@@ -135,35 +138,39 @@ class _Trace:
             return self._in_pass("sum_of_squares", [loaded], out)
         if not out.is_wide:
             return None
-        if name in ("copy", "copy_p", "convert_element_type") and operands[0].dtype == out.dtype:
+        if name in ("copy", "convert_element_type") and operands[0].dtype == out.dtype:
             return operands[0]
         if name == "convert_element_type" and operands[0].is_wide:
             return self._in_pass("from_bfloat16" if out.dtype == _FLOAT else "to_bfloat16", operands, out)
         if out.dtype != _FLOAT:
             return None
         scalars = [self._splats.get(operand, operand) if isinstance(operand, _Value) else operand for operand in operands]
-        if name in ("add", "mul") and any(_is_literal(x, name == "mul") for x in scalars):
-            return next(x for x, scalar in zip(operands, scalars, strict=True) if not _is_literal(scalar, name == "mul"))
+        if name in ("add", "mul"):
+            for x, other in zip(operands, scalars[::-1], strict=True):
+                if _is_literal(other, name == "mul") and x.shape == out.shape:  # adds 0, or multiplies by 1
+                    return x
         if name in ("square", "integer_pow") and params.get("y", 2) == 2:
             return self._in_pass("mul", [operands[0], operands[0]], out)
         if name == "select_n" and len(operands) == 3 and operands[0].shape == () and _fit(scalars[1:], out):
-            return self._in_pass("select", [self._as_float(operands[0]), *scalars[1:]], out)
+            return self._in_pass("select", [self._scalar("as_float", lambda x: x.astype(_FLOAT), operands[0]), *scalars[1:]], out)
         if name == "mul" and _fit(scalars, out):
             return self._in_pass(name, sorted(scalars, key=lambda x: x.shape != ()), out)  # a scalar first, see `_contracted`
-        if name == "div" and not isinstance(scalars[1], _Value) and _fit(scalars, out):  # as the compiler does
-            return self._in_pass("mul", [np.float32(1) / scalars[1], scalars[0]], out)
+        if name == "div" and scalars[1].shape == () and _fit(scalars, out):  # the compiler, too, multiplies instead
+            return self._in_pass("mul", [self._scalar("reciprocal", lambda x: 1 / x, scalars[1]), scalars[0]], out)
         if name in _ELEMENTWISE and _fit(scalars, out):
             return self._in_pass(name, scalars, out)
         return None
 
-    def _as_float(self, condition: Any) -> Any:
-        """A condition as 0 or 1."""
-        if not isinstance(condition, _Value):
-            return condition.astype(_FLOAT)
-        number = _Value((), _FLOAT, depth=condition.depth)
-        number.made_by = _Operation("convert", (condition,), (number,), lambda x: [x.astype(_FLOAT)])
-        self.operations.append(number.made_by)
-        return number
+    def _scalar(self, name: str, function: Callable[[Any], Any], x: Any) -> Any:
+        """A float32 scalar that is made of another scalar."""
+        if not isinstance(x, _Value):
+            with np.errstate(all="ignore"):
+                return function(x)
+        if (name, x) not in self._known:
+            number = self._known[name, x] = _Value((), _FLOAT, depth=x.depth)
+            number.made_by = _Operation(name, (x,), (number,), lambda value: [function(value)])
+            self.operations.append(number.made_by)
+        return self._known[name, x]
 
     def _in_pass(self, name: str, operands: Sequence[Any], out: _Value) -> _Value:
         key = (name, *map(_key, operands))
@@ -176,7 +183,8 @@ class _Trace:
 
 
 def _bind(eqn: Any, *operands: Any) -> Sequence[Any]:
-    results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
+    with eqn.ctx.manager:
+        results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
     return results if eqn.primitive.multiple_results else [results]
 
 
@@ -197,22 +205,22 @@ def _fit(operands: Sequence[Any], out: _Value) -> bool:
 
 def _squares_summed(name: str, operands: Sequence[Any], out: _Value) -> _Value | None:
     """The wide array of which an operation sums all squares in float64, if that is what it does."""
-    if name != "reduce_sum" or out.shape != () or out.dtype != _DOUBLE or operands[0].made_by.name != "square":
+    if name != "reduce_sum" or out.shape != () or out.dtype != _DOUBLE:
         return None
-    (squared,) = operands[0].made_by.values
-    if squared.made_by.name != "convert_element_type":
-        return None
-    (source,) = squared.made_by.values
-    return source if source.is_wide else None
+    for made_by in ("square", "convert_element_type"):
+        if not isinstance(operands[0], _Value) or operands[0].made_by.name != made_by:
+            return None
+        operands = list(operands[0].made_by.operands)
+    return operands[0] if isinstance(operands[0], _Value) and operands[0].is_wide else None
 
 
 class _Plan:
     """Which passes make the results of a function."""
 
-    def __init__(self, closed: ClosedJaxpr):
+    def __init__(self, jaxpr: Any):
         trace = _Trace()
-        self.arguments = [_Value(var.aval.shape, var.aval.dtype) for var in closed.jaxpr.invars]
-        self.results = trace.inline(closed.jaxpr, closed.consts, self.arguments)
+        self.arguments = [_Value(var.aval.shape, var.aval.dtype) for var in (*jaxpr.invars, *jaxpr.constvars)]
+        self.results = trace.inline(jaxpr, self.arguments)
         self.constants = trace.constants
         self.operations = _needed(trace.operations, self.results)
         self.order = {operation: i for i, operation in enumerate(self.operations)}
@@ -263,9 +271,11 @@ class _Plan:
         return not value.in_pass or (value in self.kept and value.depth < depth)
 
     def _can_be_made(self, value: _Value, depth: int) -> bool:
-        """Whether all that a value is made from, or what it was stored as, is still there at a depth."""
+        """Whether a value follows, in not too many operations, from what is still there at a depth."""
         seen, todo = {value}, [value]
         while todo:
+            if len(seen) > _MANY:
+                return False
             one = todo.pop()
             if not self.is_read(one, depth):
                 new = {operand for operand in one.made_by.values if operand.is_wide} - seen
@@ -350,7 +360,7 @@ def _contracted(instructions: list[tuple[str, Sequence[Any], _Value]], results: 
             if isinstance(x, _Value):
                 users.setdefault(x, set()).add(name)
     products = {_key(out): operands for name, operands, out in instructions
-                if name == "mul" and out not in results and users[out] <= {"add", "sub"}}
+                if name == "mul" and users.get(out, set()) <= {"add", "sub"}}
     new = []
     for name, operands, out in instructions:
         first, second = map(_key, operands) if name in ("add", "sub") else (None, None)
@@ -367,20 +377,20 @@ def _contracted(instructions: list[tuple[str, Sequence[Any], _Value]], results: 
     return [(name, operands, out) for name, operands, out in new if out in used or out in results]
 
 
-def evaluate(closed: ClosedJaxpr, arguments: Sequence[jax.Array],
+def evaluate(jaxpr: Any, operands: Sequence[jax.Array],
              call: Callable[[Pass, Sequence[jax.Array]], Sequence[jax.Array]]) -> list[Any]:
     """Evaluates a jaxpr in few passes.
 
     Args:
-      closed: what to evaluate.
-      arguments: its arguments. A result may take the place of the argument with the same number.
+      jaxpr: what to evaluate.
+      operands: its arguments, then its constants. A result may take the place of the argument with the same number.
       call: runs a pass on its arguments.
 
     Returns:
       The results.
     """
-    plan = _Plan(closed)
-    env: dict[_Value, Any] = {**dict(zip(plan.arguments, arguments, strict=True)), **plan.constants}
+    plan = _Plan(jaxpr)
+    env: dict[_Value, Any] = {**dict(zip(plan.arguments, operands, strict=True)), **plan.constants}
 
     def read(x: Any) -> Any:
         return env[x] if isinstance(x, _Value) else x
