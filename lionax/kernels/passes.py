@@ -42,7 +42,7 @@ class _Value:
     made_by: "_Operation" = dataclasses.field(default_factory=lambda: _ARGUMENT, repr=False)
     depth: int = 0  # how many passes must be over before it is known
 
-    @property
+    @functools.cached_property
     def is_wide(self) -> bool:
         """Whether it is an array that a pass can read or write."""
         return self.dtype in (_FLOAT, _HALF) and math.prod(self.shape) > 1
@@ -62,7 +62,7 @@ class _Operation:
     results: tuple[_Value, ...]
     bind: Callable[..., Any] | None = None  # how the compiler is told to do it; None if a pass does it
 
-    @property
+    @functools.cached_property
     def values(self) -> list[_Value]:
         return [operand for operand in self.operands if isinstance(operand, _Value)]
 
