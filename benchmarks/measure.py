@@ -139,7 +139,7 @@ def many_small_row(leaves: int, repeats: int) -> Iterator[Row]:
 def compile_rows(leaves: int, width: int, repeats: int) -> Iterator[Row]:
     """Tracing, lowering and compiling LAMB; all take turns, and nothing is kept from one turn to the next."""
     shapes = {f"leaf_{i}": [(width, width), (width,), (2 * width, width), (width, 2 * width)][i % 4] for i in range(leaves)}
-    builds = peers.Case(None, "", peers.with_optax(lionax.lamb(1e-3, weight_decay=0.01), optax.lamb(1e-3, weight_decay=0.01))).available()
+    builds = peers.available(peers.with_optax(lionax.lamb(1e-3, weight_decay=0.01), optax.lamb(1e-3, weight_decay=0.01)))
     seconds: dict[str, list[float]] = {name: [] for name in builds}
     built: dict[str, peers.Contender] = {}
     for _ in range(repeats):

@@ -168,14 +168,16 @@ class Case:
     contenders: dict[str, Build]
 
     def available(self) -> dict[str, Build]:
-        """The contenders whose packages are there."""
-        needs = {"Keras 3": ("keras",), "PyTorch": ("torch",), "lion-pytorch": ("torch", "lion_pytorch"), "flashoptim": ("flashoptim_jax",)}
-        there = {name: build for name, build in self.contenders.items()
-                 if all(map(importlib.util.find_spec, needs.get(name.split(",")[0], ())))}
-        there.pop("flashoptim" if jax.default_backend() != "gpu" else ONE_PASS, None)
-        if cpu.compiler() is None:
-            there.pop(ONE_PASS, None)
-        return there
+        return available(self.contenders)
+
+
+def available(contenders: dict[str, Build]) -> dict[str, Build]:
+    """Those whose packages, device and compiler are there."""
+    needs = {"Keras 3": ("keras",), "PyTorch": ("torch",), "lion-pytorch": ("torch", "lion_pytorch"), "flashoptim": ("flashoptim_jax",)}
+    on_gpu = jax.default_backend() == "gpu"
+    runs = {"flashoptim": on_gpu, ONE_PASS: not on_gpu and cpu.compiler() is not None}
+    return {name: build for name, build in contenders.items()
+            if runs.get(name, True) and all(map(importlib.util.find_spec, needs.get(name.split(",")[0], ())))}
 
 
 def with_optax(tx: lionax.Transformation, peer: optax.GradientTransformation) -> dict[str, Build]:

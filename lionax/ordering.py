@@ -26,7 +26,7 @@ from jax.core import ShapedArray, Tracer
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-__all__ = ["AT_ONCE", "after", "for_kernels", "rounded", "worth_ordering", "zeros_once_written"]
+__all__ = ["AT_ONCE", "after", "for_kernels", "is_whole", "rounded", "worth_ordering", "zeros_once_written"]
 
 SMALLEST = 1 << 14  # elements; a smaller buffer is in the cache, and its copy cheaper than the order
 
@@ -42,9 +42,12 @@ def worth_ordering(array: jax.Array) -> bool:
     """Whether an array is being compiled, floating-point, known to be large, and not known to be spread over a mesh."""
     if for_kernels.value or not isinstance(array, Tracer) or not jnp.issubdtype(array.dtype, jnp.floating):
         return False
-    if not isinstance(array.size, int) or array.size < SMALLEST:
-        return False
-    return jax.typeof(array).sharding.mesh.empty and jax.sharding.get_abstract_mesh().empty
+    return is_whole(array) and array.size >= SMALLEST and jax.sharding.get_abstract_mesh().empty
+
+
+def is_whole(array: jax.Array) -> bool:
+    """Whether an array is of known size and its type does not say that it is spread over a mesh."""
+    return isinstance(array.size, int) and jax.typeof(array).sharding.mesh.empty
 
 
 def _zero_once_written(*written: jax.Array) -> jax.Array:

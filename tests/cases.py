@@ -160,4 +160,5 @@ def assert_equal(actual: Any, expected: Any, rtol: float = 0.0, of: Any = None) 
         assert a.shape == b.shape, where
         assert a.dtype == b.dtype, where
         a, b, scale = (np.asarray(x).astype(np.float64) for x in (a, b, scale))
-        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * np.max(np.abs(scale), initial=0.0), err_msg=where)
+        tolerance = rtol and rtol * np.max(np.abs(scale), initial=0.0)  # 0 also of elements that are not finite
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance, err_msg=where)

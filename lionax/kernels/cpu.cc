@@ -93,21 +93,22 @@ inline void Map(F f, Place result, Place a, int64_t n) {
   LIONAX_LOOP to[k] = f(from[k]);
 }
 
-template <typename F, typename A, typename B>
-inline void Loop(F f, float* to, A a, B b, int64_t n) {
-  LIONAX_LOOP to[k] = f(a[k], b[k]);
+// Calls a loop with two operands as what they are; one of them is not a scalar.
+template <typename L>
+inline void Dispatch(L loop, Place a, Place b) {
+  if (a.scalar) {
+    loop(a.value(), b.vector());
+  } else if (b.scalar) {
+    loop(a.vector(), b.value());
+  } else {
+    loop(a.vector(), b.vector());
+  }
 }
 
-// One of the two is not a scalar.
 template <typename F>
 inline void Map(F f, Place result, Place a, Place b, int64_t n) {
-  if (a.scalar) {
-    Loop(f, result.floats(), a.value(), b.vector(), n);
-  } else if (b.scalar) {
-    Loop(f, result.floats(), a.vector(), b.value(), n);
-  } else {
-    Loop(f, result.floats(), a.vector(), b.vector(), n);
-  }
+  float* to = result.floats();
+  Dispatch([=](auto x, auto y) { LIONAX_LOOP to[k] = f(x[k], y[k]); }, a, b);
 }
 
 template <typename F>
@@ -119,14 +120,7 @@ inline void Map(F f, Place result, Place a, Place b, Place c, int64_t n) {
   }
   const float* last = c.floats();
   float* to = result.floats();
-  auto loop = [=](auto x, auto y) { LIONAX_LOOP to[k] = f(x[k], y[k], last[k]); };
-  if (a.scalar) {
-    loop(a.value(), b.vector());
-  } else if (b.scalar) {
-    loop(a.vector(), b.value());
-  } else {
-    loop(a.vector(), b.vector());
-  }
+  Dispatch([=](auto x, auto y) { LIONAX_LOOP to[k] = f(x[k], y[k], last[k]); }, a, b);
 }
 
 inline void Select(Place result, Place condition, Place otherwise, Place then, int64_t n) {

@@ -83,8 +83,8 @@ def one_pass(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    leaves = jax.tree.map(jnp.asarray, jax.tree.leaves((args, kwargs)))  # where jit is disabled they may be Python's
-    if not all(map(_is_whole, leaves)) or not jax.sharding.get_abstract_mesh().empty:
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves((args, kwargs))]  # where jit is disabled they may be Python's
+    if not all(map(ordering.is_whole, leaves)) or not jax.sharding.get_abstract_mesh().empty:
         return function(*args, **kwargs)
     with ordering.for_kernels(True):
         closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args, **kwargs)
@@ -93,11 +93,6 @@ def _run(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     # What the function closes over may belong to an outer trace, and then is an operand like any other.
     results = _one_pass.bind(*leaves, *closed.consts, jaxpr=closed.jaxpr)
     return jax.tree.unflatten(jax.tree.structure(shapes), results)
-
-
-def _is_whole(leaf: Any) -> bool:
-    """Whether an array is of known size and not known to be spread over a mesh."""
-    return isinstance(leaf.size, int) and jax.typeof(leaf).sharding.mesh.empty
 
 
 def _plain(jaxpr: Any, *operands: jax.Array) -> list[jax.Array]:

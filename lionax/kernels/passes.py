@@ -153,13 +153,13 @@ class _Trace:
             return self._in_pass("mul", [operands[0], operands[0]], out)
         if name == "select_n" and len(operands) == 3 and operands[0].shape == () and _fit(scalars[1:], out):
             return self._in_pass("select", [self._scalar("as_float", lambda x: x.astype(_FLOAT), operands[0]), *scalars[1:]], out)
-        if name == "mul" and _fit(scalars, out):
-            return self._in_pass(name, sorted(scalars, key=lambda x: x.shape != ()), out)  # a scalar first, see `_contracted`
-        if name == "div" and scalars[1].shape == () and _fit(scalars, out):  # the compiler, too, multiplies instead
-            return self._in_pass("mul", [self._scalar("reciprocal", lambda x: 1 / x, scalars[1]), scalars[0]], out)
-        if name in _ELEMENTWISE and _fit(scalars, out):
-            return self._in_pass(name, scalars, out)
-        return None
+        if name not in _ELEMENTWISE or not _fit(scalars, out):
+            return None
+        if name == "div" and scalars[1].shape == ():  # the compiler, too, multiplies instead
+            name, scalars = "mul", [scalars[0], self._scalar("reciprocal", lambda x: 1 / x, scalars[1])]
+        if name == "mul":
+            scalars.sort(key=lambda x: x.shape != ())  # a scalar first, see `_contracted`
+        return self._in_pass(name, scalars, out)
 
     def _scalar(self, name: str, function: Callable[[Any], Any], x: Any) -> Any:
         """A float32 scalar that is made of another scalar."""
@@ -250,7 +250,7 @@ class _Plan:
                 cone |= values
             groups |= dict.fromkeys(cone, (results, cone))
         different = {id(group): group for group in groups.values()}.values()
-        made = [_compile(results, cone, depth, self) for results, cone in different]
+        made = [self._pass(results, cone, depth) for results, cone in different]
         return sorted(made, key=lambda one: self.order[one.results[0].made_by])  # so that the program is always the same
 
     def _cone(self, value: _Value, depth: int) -> set[_Value]:
@@ -262,11 +262,27 @@ class _Plan:
                     if operand.in_pass and operand.depth < depth and not self._can_be_made(operand, depth):
                         self.kept.add(operand)
                     cone.add(operand)
-                    if not self.is_read(operand, depth):
+                    if not self._is_read(operand, depth):
                         todo.append(operand)
         return cone
 
-    def is_read(self, value: _Value, depth: int) -> bool:
+    def _pass(self, results: set[_Value], cone: set[_Value], depth: int) -> Pass:
+        """The pass that makes some values, given all that they are made from; lays what it keeps where room is."""
+        made = sorted((v for v in cone if v in results or not self._is_read(v, depth)), key=lambda v: self.order[v.made_by])
+        instructions = _contracted([(v.made_by.name, v.made_by.operands, v) for v in made], results)
+        there = {out for _, _, out in instructions}
+        arguments = list(dict.fromkeys(x for _, xs, _ in instructions for x in xs if isinstance(x, _Value) and x not in there))
+        arrays = [v for v in made if v in results and v.is_wide]
+        sums = [v for v in made if v in results and not v.is_wide]
+        for v in arrays:
+            spare = next((x for x in arguments if x in self.spare and (x.shape, x.dtype) == (v.shape, v.dtype)), None)
+            if v not in self.place and spare is not None:
+                self.place[v] = spare
+                self.spare.remove(spare)
+        self.spare.difference_update(arguments)  # passes are made from the last to the first
+        return _encode(instructions, arguments, arrays, sums, self.place)
+
+    def _is_read(self, value: _Value, depth: int) -> bool:
         """Whether a pass at a depth reads a value from memory."""
         return not value.in_pass or (value in self.kept and value.depth < depth)
 
@@ -277,7 +293,7 @@ class _Plan:
             if len(seen) > _MANY:
                 return False
             one = todo.pop()
-            if not self.is_read(one, depth):
+            if not self._is_read(one, depth):
                 new = {operand for operand in one.made_by.values if operand.is_wide} - seen
                 seen |= new
                 todo += new
@@ -297,29 +313,19 @@ def _needed(operations: Sequence[_Operation], results: Iterable[Any]) -> list[_O
     return kept[::-1]
 
 
-def _compile(results: set[_Value], cone: set[_Value], depth: int, plan: _Plan) -> Pass:
-    """A pass that makes some values, given all that they are made from."""
-    made = sorted((v for v in cone if v in results or not plan.is_read(v, depth)), key=lambda value: plan.order[value.made_by])
-    instructions = _contracted([(v.made_by.name, v.made_by.operands, v) for v in made], results)
-    there = {out for _, _, out in instructions}
-    operands = {_key(x): x for _, xs, _ in instructions for x in xs}
-    arguments = [x for x in operands.values() if isinstance(x, _Value) and x not in there]
-    literals = {key: x for key, x in operands.items() if not isinstance(x, _Value)}
-    arrays = [v for v in made if v in results and v.is_wide]
-    sums = [v for v in made if v in results and not v.is_wide]
-    for v in arrays:
-        spare = next((x for x in arguments if x in plan.spare and (x.shape, x.dtype) == (v.shape, v.dtype)), None)
-        if v not in plan.place and spare is not None:
-            plan.place[v] = spare
-            plan.spare.remove(spare)
-    plan.spare.difference_update(arguments)  # passes are made from the last to the first
+_Instruction = tuple[str, Sequence[Any], _Value]  # an operation, its operands, its result
+
+
+def _encode(instructions: list[_Instruction], arguments: list[_Value], arrays: list[_Value], sums: list[_Value],
+            place: dict[_Value, _Value]) -> Pass:
+    """Instructions as numbers: arguments, results, constants and registers are counted."""
+    literals = {_key(x): x for _, xs, _ in instructions for x in xs if not isinstance(x, _Value)}
     index: dict[Any, int] = {key: i for i, key in enumerate((*arguments, *arrays, *literals))}
-    first_register = len(index)
+    first_register = used = len(index)
     last = {x: i for i, (_, xs, _) in enumerate(instructions) for x in xs if isinstance(x, _Value)}  # where a value is read last
     program: list[int] = []
     free: list[int] = []
     copies: list[tuple[int, int]] = []
-    used = first_register
 
     def write(name: str, to: int, sources: Sequence[int]) -> None:
         program.extend([OPERATIONS.index(name), to, *sources, *[sources[0]] * (4 - len(sources))])
@@ -334,13 +340,13 @@ def _compile(results: set[_Value], cone: set[_Value], depth: int, plan: _Plan) -
         if all(x.dtype == out.dtype for x in xs):  # else the result would be written over what is still to be read
             free += over
             over = set()
-        taken = plan.place.get(out)
-        if out not in results or (taken is not None and last.get(taken, i) > i):  # what it would overwrite is still to be read
+        taken = place.get(out)
+        if out not in arrays or (taken is not None and last.get(taken, i) > i):  # what it would overwrite is still to be read
             if not free:
                 free.append(used)
                 used += 1
             register = free.pop()
-            if out in results:
+            if out in arrays:
                 copies.append((index[out], register))
                 last[out] = len(instructions)
             index[out] = register
@@ -348,11 +354,11 @@ def _compile(results: set[_Value], cone: set[_Value], depth: int, plan: _Plan) -
         free += over
     for to, source in copies:
         write("copy", to, [source])
-    aliases = {arguments.index(plan.place[v]): i for i, v in enumerate(arrays) if plan.place.get(v) in arguments}
+    aliases = {arguments.index(place[v]): i for i, v in enumerate(arrays) if place.get(v) in arguments}
     return Pass(arguments, [*arrays, *sums], [x.item() for x in literals.values()], program, used - first_register, aliases)
 
 
-def _contracted(instructions: list[tuple[str, Sequence[Any], _Value]], results: set[_Value]) -> list[tuple[str, Sequence[Any], _Value]]:
+def _contracted(instructions: list[_Instruction], results: set[_Value]) -> list[_Instruction]:
     """With a product and the sum that it is used in as one operation, rounded once, where the CPU's compiler does that."""
     users: dict[_Value, set[str]] = {}
     for name, operands, _ in instructions:
@@ -395,13 +401,9 @@ def evaluate(jaxpr: Any, operands: Sequence[jax.Array],
     def read(x: Any) -> Any:
         return env[x] if isinstance(x, _Value) else x
 
-    passes = plan.passes[::-1]
-    left = [(operation.results[0].depth, operation, operation.bind) for operation in plan.operations if operation.bind]
-    for depth in sorted({when for when, *_ in (*left, *passes)}):
-        for when, operation, bind in left:
-            if when == depth:
-                env.update(zip(operation.results, bind(*map(read, operation.operands)), strict=True))
-        for when, one in passes:
-            if when == depth:
-                env.update(zip(one.results, call(one, [env[x] for x in one.arguments]), strict=True))
+    steps = [(operation.results[0].depth, operation.results, operation.operands, operation.bind)
+             for operation in plan.operations if operation.bind]
+    steps += [(depth, one.results, one.arguments, lambda *arrays, one=one: call(one, arrays)) for depth, one in plan.passes]
+    for _, results, values, run in sorted(steps, key=lambda step: step[0]):  # at each depth the passes last
+        env.update(zip(results, run(*map(read, values)), strict=True))
     return [jnp.asarray(x) if not isinstance(x, _Value) else env[x] for x in plan.results]
