@@ -33,6 +33,7 @@ class Row:
     parameters: int
     milliseconds: float
     to_optax: float | None = None  # time ÷ Optax's time
+    to_optax_options: float | None = None  # time ÷ that of Optax with the options
     of_limit: float | None = None  # fewest bytes ÷ bandwidth ÷ time
     temporary_bytes: int | None = None
     page_faults: int | None = None  # in one run: pages of memory that the system had to hand out
@@ -102,8 +103,8 @@ def _rows(table: str, case: str, tree: str, parameters: int, built: Mapping[str,
           limit_ms: float | None = None) -> Iterator[Row]:
     """What was measured of each contender."""
     for name, contender in built.items():
-        ratio = times[name] / times["Optax"] if "Optax" in times else None
-        yield Row(table, case, tree, name, parameters, times[name], ratio, limit_ms and limit_ms / times[name], contender.temporary_bytes,
+        ratios = [times[name] / times[peer] if peer in times else None for peer in ("Optax", peers.OPTAX_OPTIONS)]
+        yield Row(table, case, tree, name, parameters, times[name], *ratios, limit_ms and limit_ms / times[name], contender.temporary_bytes,
                   page_faults(contender.run) if table == "step" else None, contender.seconds_to_compile, contender.lines)
 
 

@@ -16,12 +16,11 @@ import optax
 
 import lionax
 from benchmarks.trees import arrays, filled
-from lionax.kernels import cpu, one_pass
 
-__all__ = ["CASES", "ONE_PASS", "Case", "Contender", "compiled", "optax_step"]
+__all__ = ["CASES", "OPTAX_OPTIONS", "Case", "Contender", "available", "compiled", "of_jax", "optax_step", "with_and_without_options"]
 
 RATE = 1e-3
-ONE_PASS = "lionax, one pass"  # with `lionax.kernels`
+OPTAX_OPTIONS = "Optax, options"  # with `lionax.compiler_options`
 
 
 @dataclasses.dataclass
@@ -47,10 +46,11 @@ def optax_step(tx: optax.GradientTransformation) -> Callable[..., Any]:
     return step
 
 
-def compiled(step: Callable[..., Any], params: Any, state: Any, grads: Any, calls: int = 1) -> Contender:
+def compiled(step: Callable[..., Any], params: Any, state: Any, grads: Any, calls: int = 1,
+             options: dict[str, Any] | None = None) -> Contender:
     """A jitted step whose parameters and state are donated."""
     start = time.perf_counter()
-    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, grads)
+    lowered = jax.jit(step, donate_argnums=(0, 1), compiler_options=options or {}).lower(params, state, grads)
     program = lowered.compile()
     seconds = time.perf_counter() - start
     carry = [params, state]
@@ -64,39 +64,22 @@ def compiled(step: Callable[..., Any], params: Any, state: Any, grads: Any, call
     return Contender(run, None if memory is None else memory.temp_size_in_bytes, seconds, len(lowered.as_text().splitlines()))
 
 
-def of_jax(step: Callable[..., Any], init: Callable[..., Any], calls: int = 1) -> Build:
+def of_jax(step: Callable[..., Any], init: Callable[..., Any], calls: int = 1,
+           options: dict[str, Any] | None = None) -> Build:
     """A contender from a step and its ``init``."""
 
     def build(shapes: Any) -> Contender:
         params = filled(shapes, 0.5)
-        return compiled(step, params, init(params), filled(shapes, 1e-3), calls)
+        return compiled(step, params, init(params), filled(shapes, 1e-3), calls, options)
 
     return build
 
 
-def ours(tx: lionax.Transformation, calls: int = 1) -> Build:
-    return of_jax(tx.step, tx.init, calls)
-
-
-def in_one_pass(tx: lionax.Transformation, calls: int = 1) -> Build:
-    return of_jax(one_pass(tx.step), tx.init, calls)
-
-
-def theirs(tx: optax.GradientTransformation) -> Build:
-    return of_jax(optax_step(tx), tx.init)
-
-
-def optax_averaged(tx: optax.GradientTransformation, every: int) -> Build:
-    """Accumulation and an average of the parameters as users of Optax write them."""
-    accumulating = optax.MultiSteps(tx, every)
-
-    def step(params, state, grads):
-        inner, average = state
-        updates, inner = accumulating.update(grads, inner, params)
-        params = optax.apply_updates(params, updates)
-        return params, (inner, optax.incremental_update(params, average, 0.01))
-
-    return of_jax(step, lambda params: (accumulating.init(params), jax.tree.map(jnp.copy, params)), every)
+def with_and_without_options(name: str, step: Callable[..., Any], init: Callable[..., Any],
+                             calls: int = 1) -> dict[str, Build]:
+    """Two contenders of one step: as JAX compiles it by itself, and with the options."""
+    return {name: of_jax(step, init, calls),
+            f"{name}, options": of_jax(step, init, calls, lionax.compiler_options())}
 
 
 def keras(name: str, **arguments: Any) -> Build:
@@ -175,17 +158,18 @@ def available(contenders: dict[str, Build]) -> dict[str, Build]:
     """Those whose packages, device and compiler are there."""
     needs = {"Keras 3": ("keras",), "PyTorch": ("torch",), "lion-pytorch": ("torch", "lion_pytorch"), "flashoptim": ("flashoptim_jax",)}
     on_gpu = jax.default_backend() == "gpu"
-    runs = {"flashoptim": on_gpu, ONE_PASS: not on_gpu and cpu.compiler() is not None}
     return {name: build for name, build in contenders.items()
-            if runs.get(name, True) and all(map(importlib.util.find_spec, needs.get(name.split(",")[0], ())))}
+            if (on_gpu or name != "flashoptim")
+            and all(map(importlib.util.find_spec, needs.get(name.split(",")[0], ())))}
 
 
-def with_optax(tx: lionax.Transformation, peer: optax.GradientTransformation) -> dict[str, Build]:
-    """A step of lionax, as XLA compiles it and in one pass, and the same of Optax."""
-    return {"lionax": ours(tx), ONE_PASS: in_one_pass(tx), "Optax": theirs(peer)}
+def with_optax(tx: lionax.Transformation, peer: optax.GradientTransformation,
+               calls: int = 1) -> dict[str, Build]:
+    """A step of lionax and the same of Optax, each without and with the options."""
+    return (with_and_without_options("lionax", tx.step, tx.init, calls)
+            | with_and_without_options("Optax", optax_step(peer), peer.init, calls))
 
 
-AVERAGED = lionax.chain(lionax.accumulate(lionax.lion(RATE), 4), lionax.params_ema(0.99))
 CASES: dict[str, Case] = {
     "lion": Case(20, "reads gradient, parameter, momentum; writes parameter, momentum", {
         **with_optax(lionax.lion(RATE), optax.lion(RATE)), "Keras 3": keras("Lion", weight_decay=1e-3),
@@ -206,7 +190,8 @@ CASES: dict[str, Case] = {
         "PyTorch, fused SGD": torch(lambda t, params: t.optim.SGD(params, lr=RATE, momentum=0.9, fused=True)),
         "PyTorch, foreach SGD": torch(lambda t, params: t.optim.SGD(params, lr=RATE, momentum=0.9, foreach=True)),
         "flashoptim": flash("flash_sgd", momentum=0.9)}),
-    "lion, accumulation of 4, average": Case(None, "four calls", {
-        "lionax": ours(AVERAGED, calls=4), ONE_PASS: in_one_pass(AVERAGED, calls=4),
-        "Optax": optax_averaged(optax.lion(RATE), 4)}),
+    "accumulation of 4": Case(None, "four calls; lionax around lion and an average of the parameters, "
+                              "Optax around lion alone", {
+        **with_optax(lionax.accumulate(lionax.chain(lionax.lion(RATE), lionax.params_ema(0.99)), 4),
+                     optax.MultiSteps(optax.lion(RATE), 4).gradient_transformation(), calls=4)}),
 }

@@ -1,31 +1,42 @@
-"""Lion, LAMB and SGD as composable gradient transformations for JAX: exact, lean, and the same everywhere.
+"""Lion, LAMB and SGD as composable gradient transformations for JAX.
 
-How it is made: `lionax.rule` first, then `lionax.engine`.
+To see how it is made, read `lionax.core.rule` first, then `lionax.core.engine`.
 """
 
 from lionax import compat as compat
-from lionax.accumulation import accumulate
-from lionax.adaptive import scale_by_adam, scale_by_trust_ratio
-from lionax.averaging import averaged_params, params_ema
-from lionax.clipping import clip, clip_by_global_norm, clip_by_norm
-from lionax.combining import chain, identity, masked, named_chain, partition, set_to_zero
-from lionax.config import from_config, register_schedule, to_config
-from lionax.decay import add_decayed_weights
-from lionax.hyperparameters import get_hyperparams, inject, set_hyperparams
-from lionax.masks import matching, not_matching, paths
-from lionax.momentum import ema, trace
+from lionax.compiler import compiler_options
+from lionax.config import from_config, register_rule, register_schedule, to_config
+from lionax.core.hyperparameters import Scalar, get_hyperparams, inject, scalar, set_hyperparams
+from lionax.core.rule import Rule, Step
+from lionax.core.storage import zero_slot
+from lionax.core.transformation import Transformation, apply_updates
+from lionax.core.tree import matching, not_matching, paths
 from lionax.monitoring import plan
 from lionax.optimizers import lamb, lion, sgd
-from lionax.rule import Rule
-from lionax.safety import dynamic_loss_scale, skip_nonfinite, unscale
-from lionax.scaling import scale, scale_by_learning_rate, scale_by_schedule
-from lionax.sign_momentum import scale_by_lion
-from lionax.transformation import Transformation, apply_updates
+from lionax.transforms.accumulation import accumulate
+from lionax.transforms.adaptive import scale_by_adam, scale_by_trust_ratio
+from lionax.transforms.averaging import averaged_params, params_ema
+from lionax.transforms.clipping import clip, clip_by_global_norm, clip_by_norm
+from lionax.transforms.combining import (
+    chain,
+    identity,
+    masked,
+    named_chain,
+    partition,
+    set_to_zero,
+)
+from lionax.transforms.conditional import dynamic_loss_scale, skip_nonfinite, unscale
+from lionax.transforms.decay import add_decayed_weights
+from lionax.transforms.momentum import ema, trace
+from lionax.transforms.scaling import scale, scale_by_learning_rate, scale_by_schedule
+from lionax.transforms.sign_momentum import scale_by_lion
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Rule",
+    "Scalar",
+    "Step",
     "Transformation",
     "accumulate",
     "add_decayed_weights",
@@ -35,6 +46,7 @@ __all__ = [
     "clip",
     "clip_by_global_norm",
     "clip_by_norm",
+    "compiler_options",
     "dynamic_loss_scale",
     "ema",
     "from_config",
@@ -51,7 +63,9 @@ __all__ = [
     "partition",
     "paths",
     "plan",
+    "register_rule",
     "register_schedule",
+    "scalar",
     "scale",
     "scale_by_adam",
     "scale_by_learning_rate",
@@ -65,4 +79,9 @@ __all__ = [
     "to_config",
     "trace",
     "unscale",
+    "zero_slot",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "compat"])

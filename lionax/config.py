@@ -1,7 +1,8 @@
 """Transformations as JSON, and back. No code runs from a dict.
 
-A definition is data, so its config is its fields: ``{"type": "ScaleByLion", "b1": 0.9, ...}``, nested where definitions nest.
-Only what is in the table of types, and schedules registered by name, can be named in a dict.
+A definition is data, so its config is its fields: ``{"type": "ScaleByLion", "b1": 0.9, ...}``,
+nested where definitions nest. Only what is in the table of types, and schedules registered by name,
+can be named in a dict.
 """
 
 import dataclasses
@@ -13,27 +14,79 @@ from typing import Any
 
 import numpy as np
 
-from lionax import accumulation, adaptive, averaging, clipping, combining, decay, momentum, safety, scaling, sign_momentum
 from lionax.compat import keras3, keras_parts, keras_schedules, tf_models
-from lionax.hyperparameters import Injected
-from lionax.masks import PathMask, PathTree
-from lionax.rule import Definition
-from lionax.transformation import Transformation
+from lionax.core.definition import Foreign
+from lionax.core.hyperparameters import Injected
+from lionax.core.rule import Definition, Rule
+from lionax.core.transformation import Transformation
+from lionax.core.tree import PathMask, PathTree
+from lionax.transforms import (
+    accumulation,
+    adaptive,
+    averaging,
+    clipping,
+    combining,
+    conditional,
+    decay,
+    momentum,
+    scaling,
+    sign_momentum,
+)
 
-__all__ = ["from_config", "register_schedule", "to_config"]
+__all__ = ["from_config", "register_rule", "register_schedule", "to_config"]
 
 DEEPEST = 32  # how far definitions may be nested in a dict
 
-_TYPES = {cls.__name__: cls for cls in (
-    accumulation.Accumulate, adaptive.ScaleByAdam, adaptive.ScaleByTrustRatio, averaging.ParamsEma, clipping.Clip,
-    clipping.ClipByGlobalNorm, clipping.ClipByNorm, combining.Chain, combining.Identity, combining.Masked, combining.NamedChain,
-    combining.Partition, combining.SetToZero, decay.AddDecayedWeights, momentum.Ema, momentum.Trace, safety.DynamicLossScale,
-    safety.SkipNonfinite, safety.Unscale, scaling.Scale, scaling.ScaleByLearningRate, sign_momentum.ScaleByLion,
-    tf_models.ZeroNorm, Injected, PathMask, PathTree, keras_parts.Decayed, keras_parts.EveryWindow, keras_parts.FirstCopies,
-    keras3.Shrunk, tf_models.InverseTime, keras_schedules.CosineDecay, keras_schedules.ExponentialDecay,
-    keras_schedules.InverseTimeDecay, keras_schedules.PiecewiseConstantDecay, keras_schedules.PolynomialDecay)}
-_SCHEDULES = (keras_schedules.Schedule, keras_parts.EveryWindow, keras_parts.FirstCopies, keras3.Shrunk, tf_models.InverseTime)
+_TYPES: dict[str, type] = {cls.__name__: cls for cls in (
+    accumulation.Accumulate, adaptive.ScaleByAdam, adaptive.ScaleByTrustRatio, averaging.ParamsEma,
+    clipping.Clip, clipping.ClipByGlobalNorm, clipping.ClipByNorm, combining.Chain,
+    combining.Identity, combining.Masked, combining.NamedChain, combining.Partition,
+    combining.SetToZero, conditional.DynamicLossScale, conditional.SkipNonfinite,
+    conditional.Unscale, decay.AddDecayedWeights, momentum.Ema, momentum.Trace, scaling.Scale,
+    scaling.ScaleByLearningRate, sign_momentum.ScaleByLion, tf_models.ZeroNorm, Injected, PathMask,
+    PathTree, keras_parts.Decayed, keras_parts.EveryWindow, keras_parts.FirstCopies,
+    keras_parts.KerasAverage, keras3.Shrunk,
+    tf_models.InverseTime, keras_schedules.CosineDecay, keras_schedules.ExponentialDecay,
+    keras_schedules.InverseTimeDecay, keras_schedules.PiecewiseConstantDecay,
+    keras_schedules.PolynomialDecay)}
+_SCHEDULES = (keras_schedules.Schedule, keras_parts.EveryWindow, keras_parts.FirstCopies,
+              keras3.Shrunk, tf_models.InverseTime)
 _registered: dict[str, Callable[[Any], Any]] = {}
+
+
+def register_rule(cls: type[Rule]) -> type[Rule]:
+    """Lets configs name a rule of one's own, by the name of its class. Works as a decorator.
+
+    Args:
+      cls: a frozen dataclass derived from `Rule`. Registered again, as a notebook cell that runs
+        twice does, the new class replaces the old one.
+
+    Returns:
+      The class.
+
+    Raises:
+      TypeError: for what is not such a class.
+      ValueError: for a name that one of lionax's own rules has.
+
+    >>> import dataclasses, lionax
+    >>> @lionax.register_rule
+    ... @dataclasses.dataclass(frozen=True)
+    ... class Negate(lionax.Rule):
+    ...     def apply(self, update, slots, param, step):
+    ...         return -update, slots
+    >>> lionax.to_config(lionax.Transformation.of(Negate()))
+    {'type': 'Negate'}
+    """
+    is_rule = isinstance(cls, type) and issubclass(cls, Rule) and dataclasses.is_dataclass(cls)
+    if not is_rule or "__dataclass_params__" not in vars(cls):
+        raise TypeError(f"register_rule: {cls!r} is not a frozen dataclass derived from "
+                        "lionax.Rule; write @dataclasses.dataclass(frozen=True) above the class")
+    known = _TYPES.get(cls.__name__)
+    if known is not None and known.__module__.startswith("lionax."):
+        raise ValueError(f"register_rule: {cls.__name__} is the name of a rule of lionax; give the "
+                         "class another name")
+    _TYPES[cls.__name__] = cls
+    return cls
 
 
 def register_schedule(name: str, schedule: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -41,7 +94,8 @@ def register_schedule(name: str, schedule: Callable[[Any], Any]) -> Callable[[An
 
     Args:
       name: what stands in the dict.
-      schedule: a function of the step. Registered again under the same name, it replaces the old one.
+      schedule: a function of the step. Registered again under the same name, it replaces the old
+        one.
 
     Returns:
       The schedule.
@@ -55,7 +109,8 @@ def register_schedule(name: str, schedule: Callable[[Any], Any]) -> Callable[[An
     True
     """
     if not isinstance(name, str) or not callable(schedule):
-        raise TypeError(f"register_schedule: {name!r}, {schedule!r} are not a name and a function of the step")
+        raise TypeError(f"register_schedule: {name!r}, {schedule!r} are not a name and a function "
+                        "of the step")
     _registered[name] = schedule
     return schedule
 
@@ -64,7 +119,8 @@ def to_config(tx: Transformation) -> dict[str, Any]:
     """A dict, fit for JSON, from which `from_config` builds an equal transformation.
 
     Args:
-      tx: made of lionax's own parts. Masks that are functions and Optax's transformations have no config.
+      tx: made of lionax's own parts. Masks that are functions and Optax's transformations have no
+        config.
 
     Raises:
       TypeError: for what has none; the message tells where it is and the remedy.
@@ -88,13 +144,17 @@ def _encode(value: Any, where: str) -> Any:
     if isinstance(value, tuple):
         return [_encode(item, f"{where}[{i}]") for i, item in enumerate(value)]
     if _TYPES.get(type(value).__name__) is type(value):
-        fields = {f.name: _encode(getattr(value, f.name), f"{where}.{f.name}") for f in dataclasses.fields(value)}
+        fields = {
+            f.name: _encode(getattr(value, f.name), f"{where}.{f.name}")
+            for f in dataclasses.fields(value)
+        }
         return {"type": type(value).__name__, **fields}
     name = next((name for name, schedule in _registered.items() if schedule is value), None)
     if name is not None:
         return {"type": "registered", "name": name}
-    remedy = ("wrap only lionax's own transformations" if isinstance(value, combining.Foreign) else
-              "name a schedule with lionax.register_schedule(name, schedule), and give masks as lionax.matching(...) or a tree of bools")
+    remedy = ("wrap only lionax's own transformations" if isinstance(value, Foreign) else
+              "name a schedule with lionax.register_schedule(name, schedule), and give masks as "
+              "lionax.matching(...) or a tree of bools")
     raise TypeError(f"to_config: {where} is {value!r}, which has no config; {remedy}")
 
 
@@ -105,7 +165,8 @@ def from_config(config: dict[str, Any]) -> Transformation:
       config: as `to_config` gives it, also after a passage through JSON. Nothing in it is executed.
 
     Raises:
-      ValueError: for unknown types, unknown, missing or unfit fields, and nesting past a limit; the message tells where.
+      ValueError: for unknown types, unknown, missing or unfit fields, and nesting past a limit; the
+        message tells where.
 
     >>> import json, lionax
     >>> tx = lionax.lion(1e-3, mask=lionax.not_matching("bias"))
@@ -126,18 +187,21 @@ def _decode(value: Any, where: str, depth: int) -> Any:
     if isinstance(value, list | tuple):
         return tuple(_decode(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value))
     if not isinstance(value, dict):
-        raise ValueError(f"from_config: {where} is {value!r}; a number, string, list or dict is accepted")
+        raise ValueError(f"from_config: {where} is {value!r}; a number, string, list or dict is "
+                         "accepted")
     kind = value.get("type")
     fields = {name: item for name, item in value.items() if name != "type"}
     if kind == "float" and fields.get("value") in ("inf", "-inf", "nan"):
         return float(fields["value"])
     if kind == "registered" and isinstance(fields.get("name"), str):
         if fields["name"] not in _registered:
-            raise ValueError(f"from_config: {where}: no schedule is registered as {fields['name']!r}; register it before, with "
+            raise ValueError(f"from_config: {where}: no schedule is registered as "
+                             f"{fields['name']!r}; register it before, with "
                              "lionax.register_schedule")
         return _registered[fields["name"]]
     if not isinstance(kind, str) or kind not in _TYPES:
-        raise ValueError(f"from_config: {where}.type is {kind!r}; known are {', '.join(sorted(_TYPES))}")
+        raise ValueError(f"from_config: {where}.type is {kind!r}; known are "
+                         f"{', '.join(sorted(_TYPES))}")
     return _build(_TYPES[kind], fields, where, depth)
 
 
@@ -145,11 +209,13 @@ def _build(cls: type, fields: dict[str, Any], where: str, depth: int) -> Any:
     known = {f.name: f for f in dataclasses.fields(cls)}
     for name in fields:
         if name not in known:
-            raise ValueError(f"from_config: {where}.{name} is not a field of {cls.__name__}; it has {', '.join(known)}")
+            raise ValueError(f"from_config: {where}.{name} is not a field of {cls.__name__}; it "
+                             f"has {', '.join(known)}")
     values = {name: _decode(item, f"{where}.{name}", depth + 1) for name, item in fields.items()}
     for name, item in values.items():
         if not _fits(item, known[name]):
-            raise ValueError(f"from_config: {where}.{name}={item!r} is not accepted by {cls.__name__}")
+            raise ValueError(f"from_config: {where}.{name}={item!r} is not accepted by "
+                             f"{cls.__name__}")
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:
@@ -157,11 +223,13 @@ def _build(cls: type, fields: dict[str, Any], where: str, depth: int) -> Any:
 
 
 def _fits(value: Any, field: dataclasses.Field) -> bool:
-    """Whether a decoded value is of the field's kind. What lies in which range is checked by the constructor."""
+    """Whether a decoded value is of the field's kind; the constructor checks its range."""
     if field.name in ("mask", "labels"):
         return isinstance(value, PathMask | PathTree)
     if "scalar" in field.metadata or field.name in ("schedule", "rate"):
-        known = isinstance(value, (Injected, *_SCHEDULES)) or any(value is schedule for schedule in _registered.values())
+        known = isinstance(value,
+                           (Injected, *_SCHEDULES)) or any(value is schedule
+                                                           for schedule in _registered.values())
         return value is None or _is_number(value) or known
     if field.name.endswith("_dtype"):
         return value is None or isinstance(value, str)
@@ -183,7 +251,8 @@ def _is_a(value: Any, annotation: Any) -> bool:
             return False
         if parts[-1] is Ellipsis:
             return all(_is_a(item, parts[0]) for item in value)
-        return len(value) == len(parts) and all(_is_a(item, part) for item, part in zip(value, parts, strict=True))
+        return len(value) == len(parts) and all(
+            _is_a(item, part) for item, part in zip(value, parts, strict=True))
     if annotation is float:
         return _is_number(value)
     if annotation is int:

@@ -4,13 +4,16 @@ A public transformation that is missing from `CASES` fails `test_house.py`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import lionax
 
@@ -122,8 +125,11 @@ def normal(*shape: int, seed: int = 0, dtype: Any = np.float32) -> jax.Array:
 
 
 TREES: dict[str, Callable[[], Any]] = {
-    "nested": lambda: {"dense": {"kernel": normal(7, 5), "bias": jnp.zeros(5)}, "embed": [normal(11, 3), normal(3, 1, 2)],
-                       "scale": jnp.asarray(2.0, jnp.float32), "pair": Pair(normal(4), Block(normal(2, 2), normal(2)))},
+    # Many leaves, few shapes: each shape is compiled once.
+    "nested": lambda: {"dense": {"kernel": normal(4, 3), "bias": jnp.zeros(3)},
+                       "embed": [normal(4, 3, seed=1), normal(2, 1, 3)],
+                       "scale": jnp.asarray(2.0, jnp.float32),
+                       "pair": Pair(normal(3), Block(normal(4, 3, seed=2), normal(3, seed=1)))},
     "array": lambda: normal(6, 4),
     "scalar": lambda: jnp.asarray(0.5, jnp.float32),
     "empty": lambda: {},
@@ -151,14 +157,50 @@ def gradients(params: Any, step: int) -> Any:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def assert_equal(actual: Any, expected: Any, rtol: float = 0.0, of: Any = None) -> None:
-    """Trees of the same structure, shapes and dtypes, whose elements are equal to ``rtol`` of the leaf's greatest, or of that in ``of``."""
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    scales = jax.tree.leaves(expected if of is None else of)
-    for (path, a), b, scale in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), scales, strict=True):
-        where = jax.tree_util.keystr(path)
-        assert a.shape == b.shape, where
-        assert a.dtype == b.dtype, where
-        a, b, scale = (np.asarray(x).astype(np.float64) for x in (a, b, scale))
-        tolerance = rtol and rtol * np.max(np.abs(scale), initial=0.0)  # 0 also of elements that are not finite
-        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance, err_msg=where)
+def assert_close(actual: Any, expected: Any, rtol: float = 1e-6, of: Any = None) -> None:
+    """Trees of one structure whose elements are equal to ``rtol`` of the leaf's greatest, or ``of`` its."""
+    chex.assert_trees_all_equal_structs(actual, expected)
+    chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
+
+    def scaled(leaf: Any, scale: Any) -> np.ndarray:
+        largest = np.max(np.abs(np.asarray(scale, np.float64)), initial=0.0)
+        return np.asarray(leaf, np.float64) / (largest if np.isfinite(largest) and largest else 1.0)
+
+    scales = expected if of is None else of
+    chex.assert_trees_all_close(jax.tree.map(scaled, actual, scales),
+                                jax.tree.map(scaled, expected, scales), rtol=0, atol=rtol)
+
+
+def assert_equal(actual: Any, expected: Any) -> None:
+    """Trees of one structure, shapes and dtypes with equal elements."""
+    chex.assert_trees_all_equal_structs(actual, expected)
+    chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
+    chex.assert_trees_all_equal(actual, expected)
+
+
+class Prepared(NamedTuple):
+    """A case on a tree: compiled once in a session and shared by the tests."""
+
+    tx: lionax.Transformation
+    params: Any
+    state: Any
+    step: Callable[..., Any]  # jitted
+
+    def run(self, steps: int) -> tuple[Any, Any]:
+        """Parameters and state after some steps."""
+        carry = self.params, self.state
+        for t in range(steps):
+            carry = self.step(*carry, gradients(self.params, t))
+        return carry
+
+
+@functools.cache
+def prepared(case: str, tree: str) -> Prepared:
+    """The case on the tree."""
+    tx, params = CASES[case].make(), TREES[tree]()
+    return Prepared(tx, params, tx.init(params), jax.jit(tx.step))
+
+
+def grouped(names: Any) -> list[Any]:
+    """Parameters of a test, so that all tests of a case run in one process and share `prepared`."""
+    return [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names]

@@ -16,7 +16,7 @@ from lionax.compat import dtensor, keras2, keras3, keras_schedules, tf_models
 CONSTRUCTORS = {"tf_keras2_lion": keras2.Lion, "tf_keras2_sgd": keras2.SGD, "dtensor_sgd_tf212": dtensor.SGD,
                 "dtensor_sgd_tf213": keras2.SGD, "keras3_lion": keras3.Lion, "keras3_sgd": keras3.SGD, "keras3_lamb": keras3.Lamb,
                 "tfm_lamb": tf_models.LAMB}
-SLOTS = {"momentum": "mu", "velocity": "nu", "m": "mu", "v": "nu", "ema": "params_ema", "accumulator": "gradients"}
+SLOTS = {"momentum": "mu", "velocity": "nu", "m": "mu", "v": "nu", "ema": "params_ema"}
 
 
 def exempt(entry):
@@ -57,6 +57,9 @@ def standard_promotion():
 def slot(state, name, entry):
     if name == "momentum" and "sgd" in entry["system"]:
         return jax.tree.map(lambda t: -t, optax.tree.get(state, "trace"))  # Keras's points downhill
+    if name == "accumulator":  # a sum whose weight is 0 was used
+        return jax.tree.map(lambda total, weight: jnp.where(weight == 0, 0.0, total),
+                            optax.tree.get(state, "gradients"), optax.tree.get(state, "weights"))
     return optax.tree.get(state, SLOTS[name])
 
 

@@ -89,7 +89,7 @@ def test_a_leaf_without_gradient_still_matches():
 
 @pytest.mark.parametrize(("arguments", "error", "message"), [
     ((), ValueError, "at least one"),
-    ((3,), TypeError, "strings"),
+    ((3,), TypeError, "not a regular expression"),
     (("(",), ValueError, "not a regular expression"),
 ])
 def test_bad_patterns(arguments, error, message):

@@ -1,5 +1,6 @@
-"""The plan of a run."""
+"""The plan of a run, which is the compiler's own count."""
 
+import cases
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,82 +8,77 @@ import pytest
 import lionax
 
 PARAMS = {"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(4)}
+LION = ("scale_by_lion", "add_decayed_weights", "scale_by_learning_rate")
 
 
-def test_sweeps():
-    assert lionax.plan(lionax.lion(1e-3), PARAMS).sweeps == (("scale_by_lion", "add_decayed_weights", "scale_by_learning_rate"),)
-    clipped = lionax.chain(lionax.clip(1.0), lionax.clip_by_global_norm(1.0), lionax.lamb(1e-3))
-    assert lionax.plan(clipped, PARAMS).sweeps == (
-        ("clip",), ("clip_by_global_norm", "scale_by_adam", "add_decayed_weights"), ("scale_by_trust_ratio", "scale_by_learning_rate"))
-    first = lionax.chain(lionax.clip_by_global_norm(1.0), lionax.lion(1e-3))
-    assert lionax.plan(first, PARAMS).sweeps == (
-        ("clip_by_global_norm",), ("scale_by_lion", "add_decayed_weights", "scale_by_learning_rate"))
-    assert len(lionax.plan(lionax.lamb(1e-3), PARAMS).sweeps) == 2
+def test_sweeps_end_where_a_norm_over_the_tree_is_needed():
+    assert lionax.plan(lionax.lion(1e-3), PARAMS).sweeps == (LION,)
+    clipped = lionax.chain(lionax.clip(1.0), lionax.clip_by_global_norm(1.0), lionax.lion(1e-3))
+    assert lionax.plan(clipped, PARAMS).sweeps == (("clip",), ("clip_by_global_norm", *LION))
+    assert len(lionax.plan(lionax.lamb(1e-3), PARAMS).sweeps) == 1  # norms of leaves
 
 
 def test_state_bytes():
-    for tx in (lionax.lion(1e-3, mu_dtype=jnp.bfloat16), lionax.lamb(1e-3), lionax.sgd(1e-3), lionax.chain(lionax.params_ema(0.9))):
+    for tx in (lionax.lion(1e-3, mu_dtype=jnp.bfloat16), lionax.lamb(1e-3), lionax.sgd(1e-3),
+               lionax.chain(lionax.params_ema(0.9))):
         plan = lionax.plan(tx, PARAMS)
         assert plan.state_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(tx.init(PARAMS)))
         assert plan.parameters == 16
 
 
-def test_shapes_are_enough():
+def test_shapes_are_enough_and_nothing_is_allocated():
     shapes = jax.eval_shape(lambda: PARAMS)
     assert lionax.plan(lionax.lamb(1e-3), shapes) == lionax.plan(lionax.lamb(1e-3), PARAMS)
+    huge = {"w": jax.ShapeDtypeStruct((1 << 20, 1 << 20), jnp.float32)}  # 4 TB
+    assert lionax.plan(lionax.lion(1e-3), huge).parameters == 1 << 40
 
 
-LARGE = {"a": jnp.ones((512, 520)), "b": jnp.ones((640, 512)), "c": [jnp.ones((512, 513))]}
-ELEMENTS = sum(leaf.size for leaf in jax.tree.leaves(LARGE))
-LARGEST = max(leaf.nbytes for leaf in jax.tree.leaves(LARGE))
+LARGE = {"a": (512, 520), "b": (640, 512), "c": (512, 513)}
+LARGE = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in LARGE.items()}
+LARGEST = 4 * 640 * 512
 
-
-def matrices(params):
-    return jax.tree.map(lambda leaf: leaf.shape[0] == 512, params)
-
-
-# What is read and written for each parameter, counted by hand: gradient g, parameter p, momentum m, second moment v, update u.
+# Bytes a parameter, counted by hand: gradient g, parameter p, momentum m, second moment v, update u.
 COUNTED = {
     "lion": (lambda: lionax.lion(1e-3), 5 * 4, 2 * 4),  # gmp → p; gm → m
     "lion_bfloat16": (lambda: lionax.lion(1e-3, mu_dtype="bfloat16"), 16, 6),
-    "lion_partition": (lambda: lionax.partition({"all": lionax.lion(1e-3)}, "all"), 20, 8),
-    "clip_lion": (lambda: lionax.chain(lionax.clip_by_global_norm(1.0), lionax.lion(1e-3)), 6 * 4, 2 * 4),  # g → norm
-    "lion_ema": (lambda: lionax.chain(lionax.lion(1e-3), lionax.params_ema(0.9)), 7 * 4, 3 * 4),  # e and the new p → e
-    "lamb": (lambda: lionax.lamb(1e-3), 10 * 4, 4 * 4),  # gm → m; gv → v; new mv → u; u and p → norms; up → p
-    "lamb_decay": (lambda: lionax.lamb(1e-3, weight_decay=0.1), 11 * 4, 4 * 4),  # p → u
-    "lamb_bfloat16": (lambda: lionax.lamb(1e-3, mu_dtype="bfloat16", nu_dtype="bfloat16"), 36, 12),  # gmv → u; up → norms; up → p; gm; gv
+    "clip_lion": (lambda: lionax.chain(lionax.clip_by_global_norm(1.0), lionax.lion(1e-3)),
+                  6 * 4, 2 * 4),  # g → norm
+    "lion_ema": (lambda: lionax.chain(lionax.lion(1e-3), lionax.params_ema(0.9)), 7 * 4, 3 * 4),
+    "lamb": (lambda: lionax.lamb(1e-3), 10 * 4, 4 * 4),  # gm → m; gv → v; mv → u; u, p; up → p
     "sgd": (lambda: lionax.sgd(1e-3), 2 * 4, 4),
-    "sgd_momentum": (lambda: lionax.sgd(1e-3, 0.9), 4 * 4, 2 * 4),  # gm → m; the new m and p → p
-    "sgd_bfloat16": (lambda: lionax.sgd(1e-3, 0.9, accumulator_dtype="bfloat16"), 16, 6),  # gmp → p; gm → m
-    "sgd_nesterov": (lambda: lionax.sgd(1e-3, 0.9, nesterov=True), 5 * 4, 2 * 4),
-    "clip_by_norm": (lambda: lionax.chain(lionax.clip_by_norm(1.0), lionax.sgd(0.1)), 3 * 4, 4),
+    "sgd_momentum": (lambda: lionax.sgd(1e-3, 0.9), 4 * 4, 2 * 4),  # gm → m; mp → p
     "adam": (lambda: lionax.chain(lionax.scale_by_adam(), lionax.scale(-1.0)), 7 * 4, 3 * 4),
-    "masked": (lambda: lionax.masked(lionax.clip(1.0), matrices), 2 * 4, 4),
 }
 
 
 @pytest.mark.parametrize("name", COUNTED)
-def test_the_plan_is_what_the_compiler_says(name):
+def test_the_plan_is_what_was_counted_by_hand(name):
     make, read, written = COUNTED[name]
-    tx = make()
-    plan = lionax.plan(tx, LARGE)
-    assert (plan.bytes_read_per_param, plan.bytes_written_per_param) == (read, written)
-    compiled = jax.jit(tx.step, donate_argnums=(0, 1)).lower(LARGE, tx.init(LARGE), LARGE).compile()
-    cost = compiled.cost_analysis()["bytes accessed"] / ELEMENTS
-    norms = {"clip_lion": 1, "lamb": 2, "lamb_decay": 2, "lamb_bfloat16": 2, "clip_by_norm": 1}.get(name, 0)
-    second_sums = 4 * norms  # in a branch that is taken if the first is out of range
-    assert cost == pytest.approx(read + written + second_sums, rel=2e-3)
-    assert compiled.memory_analysis().temp_size_in_bytes == pytest.approx(plan.temporary_bytes, abs=4096)
-    assert plan.temporary_bytes == (LARGEST if "lamb" in name else 0)
-    assert compiled.memory_analysis().alias_size_in_bytes >= 4 * ELEMENTS + plan.state_bytes - 64
+    plan = lionax.plan(make(), LARGE)
+    norms = {"clip_lion": 1, "lamb": 2}.get(name, 0)
+    again = 4 * norms  # in the branch that is taken if a sum is out of range
+    assert plan.read_bytes / plan.parameters == pytest.approx(read + again, rel=2e-3)
+    assert plan.written_bytes / plan.parameters == pytest.approx(written, rel=2e-3)
+    assert plan.temporary_bytes == pytest.approx(LARGEST if name == "lamb" else 0, abs=4096)
+    assert plan.aliased_bytes >= 4 * plan.parameters + plan.state_bytes - 64
+    assert plan.flops > plan.parameters
 
 
-def test_what_is_not_known():
+def test_conditionals_and_parts_of_optax_have_a_plan():
     plan = lionax.plan(lionax.accumulate(lionax.lion(1e-3), 4), LARGE)
-    assert plan.bytes_read_per_param is plan.bytes_written_per_param is plan.temporary_bytes is None
-    assert "read" not in str(plan)
+    assert plan.temporary_bytes < 4096
+    assert plan.sweeps == (("accumulate",),)
 
 
 def test_prints_as_a_table():
-    lines = str(lionax.plan(lionax.sgd(0.1), {})).splitlines()
-    assert lines == ["sweep 1   add_decayed_weights, scale_by_learning_rate", "state     9 bytes"]
+    lines = str(lionax.plan(lionax.sgd(0.1), PARAMS)).splitlines()
+    names = ["sweep 1", "state", "read", "written", "aliased", "temporary", "flops"]
+    assert [line[:10].strip() for line in lines] == names
+    assert lines[1].split() == ["state", "9", "bytes", "0.56", "per", "parameter"]
+    assert "per parameter" not in str(lionax.plan(lionax.sgd(0.1), {}))
+
+
+def test_cases_have_plans():
+    for case in ("named_chain", "partition", "skip_nonfinite", "chain_foreign"):
+        with jax.numpy_dtype_promotion("standard"):
+            assert lionax.plan(cases.CASES[case].make(), cases.TREES["nested"]()).written_bytes

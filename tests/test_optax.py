@@ -8,6 +8,8 @@ import optax
 import pytest
 
 import lionax
+from lionax.core.layout import Layout, sweeps
+from lionax.core.tree import Leaves
 
 STEPS = 50
 PEERS = [name for name, case in cases.CASES.items() if case.peer]
@@ -45,13 +47,16 @@ def trajectories(case, tree, compiled):
 
 
 @pytest.mark.parametrize("case", [case for case in PEERS if case not in LOW_STATE])
-@pytest.mark.parametrize(("tree", "compiled"), [("nested", True), ("array", True), ("scalar", True), ("zero_size", True), ("empty", True),
-                                                ("nested", False), ("scalar", False)])
+@pytest.mark.parametrize(("tree", "compiled"), [
+    ("nested", True), ("scalar", False),
+    *(pytest.param(*each, marks=pytest.mark.slow) for each in (
+        ("array", True), ("scalar", True), ("zero_size", True), ("empty", True), ("nested", False)))])
 def test_float32_trajectory(case, tree, compiled):
     largest = None  # so far: a sum that cancels keeps the rounding of its terms
     for ours, theirs in trajectories(case, tree, compiled):
         largest = jax.tree.map(lambda a, b: jnp.maximum(jnp.abs(a), jnp.abs(b)), theirs, theirs if largest is None else largest)
-        cases.assert_equal(ours, theirs, rtol=cases.CASES[case].rtol, of=largest)
+        # Outside of jit Optax rounds each product, lionax what a compiled stage leaves of them.
+        cases.assert_close(ours, theirs, max(cases.CASES[case].rtol, 0 if compiled else 1e-6), largest)
 
 
 EXACT = {"lion_mu_bfloat16": lambda: optax.lion(0.01), "sgd_accumulator": lambda: optax.sgd(0.01, 0.9)}
@@ -89,7 +94,7 @@ def test_float64_trajectory_of_lamb():
         for t in range(10):
             grads = jax.tree.map(lambda g: g.astype(jnp.float64), cases.gradients(params, t))
             a, b = ours.step(*a, grads), optax_step(peer)(*b, grads)
-        cases.assert_equal(a[0], b[0], rtol=1e-6)  # Optax's bias correction is in float32
+        cases.assert_close(a[0], b[0], rtol=1e-6)  # Optax's bias correction is in float32
         assert a[0]["w"].dtype == jnp.float64
 
 
@@ -117,12 +122,12 @@ def test_multi_transform_and_partition():
         labels = {"w": "lion", "b": "lamb"}
         ours = combine({"lion": lionax.lion(0.1), "lamb": lionax.lamb(0.1)}, labels)
         peer = combine({"lion": optax.lion(0.1), "lamb": optax.lamb(0.1)}, labels)
-        cases.assert_equal(run(ours)[0], run(peer)[0], rtol=1e-6)
+        cases.assert_close(run(ours)[0], run(peer)[0], rtol=1e-6)
 
 
 def test_multi_steps():
     ours, peer = run(optax.MultiSteps(lionax.lion(0.1), 2))[0], run(optax.MultiSteps(optax.lion(0.1), 2))[0]
-    cases.assert_equal(ours, peer, rtol=1e-6)
+    cases.assert_close(ours, peer, rtol=1e-6)
 
 
 def test_masked_apply_if_finite_and_flatten():
@@ -163,12 +168,15 @@ def test_foreign_transformations_end_a_sweep_and_get_extra_arguments():
 
     takes_value = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
     tx = lionax.chain(lionax.scale(2.0), takes_value, optax.scale(0.5), lionax.scale(-1.0))
-    assert lionax.plan(tx, PARAMS).sweeps == (("scale",), (optax_name(takes_value),), (optax_name(optax.scale(0.5)),), ("scale",))
+    names = optax_name(takes_value), optax_name(optax.scale(0.5))
+    stages = Layout.of(tx.definition, Leaves.of(PARAMS, PARAMS)).stages
+    assert [[stage.rule.name for stage in sweep] for sweep in sweeps(stages)] == [
+        ["scale"], [names[0]], [names[1]], ["scale"]]
     state = tx.init(PARAMS)
     updates, _ = tx.update(GRADS, state, PARAMS, value=3.0, loss=None)
-    cases.assert_equal(updates, jax.tree.map(lambda g: -3.0 * g, GRADS), rtol=1e-6)
+    cases.assert_close(updates, jax.tree.map(lambda g: -3.0 * g, GRADS), rtol=1e-6)
     params, _ = tx.step(PARAMS, state, GRADS, value=3.0)
-    cases.assert_equal(params, optax.apply_updates(PARAMS, updates))
+    cases.assert_close(params, optax.apply_updates(PARAMS, updates))
     outer = optax.chain(tx, lionax.scale(1.0))
     cases.assert_equal(outer.update(GRADS, outer.init(PARAMS), PARAMS, value=3.0)[0], updates)
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import lionax
-from lionax import storage
-from lionax.hyperparameters import scalar
+from lionax.core import storage
+from lionax.core.hyperparameters import scalar
 
 
 class FactoredState(NamedTuple):
@@ -56,7 +56,7 @@ def test_the_momentum_of_the_docstring():
         decay: float = scalar(0.9, low=0, high=1)
 
         def init(self, param):
-            return MomentumState(m=storage.zeros(param, None))
+            return MomentumState(m=storage.zero_slot(param))
 
         def apply(self, update, slots, param, step):
             m = self.decay * slots.m + update

@@ -8,25 +8,34 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lionax.accumulation import accumulate
-from lionax.adaptive import scale_by_adam, scale_by_trust_ratio
-from lionax.combining import chain, identity, masked
 from lionax.compat import keras_schedules
 from lionax.compat.keras2 import momentum_sgd
-from lionax.compat.keras_parts import Decayed, EveryWindow, check_ema, check_rate, clipping, decayed, moving_average
-from lionax.decay import add_decayed_weights
-from lionax.hyperparameters import Scalar
-from lionax.safety import unscale
-from lionax.scaling import scale_by_learning_rate
-from lionax.sign_momentum import scale_by_lion
-from lionax.transformation import Transformation, constructor
+from lionax.compat.keras_parts import (
+    Decayed,
+    EveryWindow,
+    FirstCopies,
+    KerasAverage,
+    check_ema,
+    check_rate,
+    clipping,
+    decayed,
+)
+from lionax.core.hyperparameters import Scalar
+from lionax.core.transformation import Transformation, constructor
+from lionax.transforms.accumulation import accumulate
+from lionax.transforms.adaptive import scale_by_adam, scale_by_trust_ratio
+from lionax.transforms.combining import chain, identity, masked
+from lionax.transforms.conditional import unscale
+from lionax.transforms.decay import add_decayed_weights
+from lionax.transforms.scaling import scale_by_learning_rate
+from lionax.transforms.sign_momentum import scale_by_lion
 
 __all__ = ["SGD", "Lamb", "Lion", "Shrunk", "from_config", "to_config"]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Base:
-    """The arguments that all optimizers of Keras 3 share, checked, and what they do around the optimizer's own part."""
+    """The arguments that all optimizers of Keras 3 share, checked, and what they do."""
 
     owner: str
     learning_rate: Scalar
@@ -44,7 +53,8 @@ class _Base:
     def __post_init__(self):
         steps = self.gradient_accumulation_steps
         if steps and not steps >= 2:
-            raise ValueError(f"{self.owner}: gradient_accumulation_steps={steps!r} is not accepted; give a number of at least 2, or None")
+            raise ValueError(f"{self.owner}: gradient_accumulation_steps={steps!r} is not "
+                             "accepted; give a number of at least 2, or None")
         check_ema(self.use_ema, self.ema_momentum, self.ema_overwrite_frequency, self.owner)
         clips = {name: getattr(self, name) for name in ("clipnorm", "clipvalue", "global_clipnorm")}
         given = {name: value for name, value in clips.items() if value is not None}
@@ -60,7 +70,9 @@ class _Base:
     @property
     def rate(self) -> Scalar:
         """The learning rate by the optimizer's steps; Keras looks schedules up by calls."""
-        return EveryWindow(self.learning_rate, self.calls) if callable(self.learning_rate) and self.calls > 1 else self.learning_rate
+        return EveryWindow(
+            self.learning_rate,
+            self.calls) if callable(self.learning_rate) and self.calls > 1 else self.learning_rate
 
     @property
     def mask(self) -> Decayed:
@@ -71,22 +83,27 @@ class _Base:
         """Unscaling, accumulation, clipping and the average, around the optimizer's own part."""
         step = chain(clipping(self.clipnorm, self.global_clipnorm, self.clipvalue), own)
         frequency = 1 if self.ema_overwrite_frequency == 0 else self.ema_overwrite_frequency
-        return chain(identity() if self.loss_scale_factor is None else unscale(self.loss_scale_factor),
-                     accumulate(step, self.calls) if self.calls > 1 else step,
-                     moving_average(self.use_ema, self.ema_momentum, frequency, first_copies=True, idle_leaves=True, calls=self.calls))
+        average = KerasAverage(FirstCopies(self.ema_momentum, self.calls), frequency, self.calls)
+        return chain(
+            identity() if self.loss_scale_factor is None else unscale(self.loss_scale_factor),
+            accumulate(step, self.calls) if self.calls > 1 else step,
+            Transformation.of(average) if self.use_ema else identity())
 
 
 @constructor
-def Lion(learning_rate: Scalar = 0.001, beta_1: float = 0.9, beta_2: float = 0.99, weight_decay: float | None = None,
-         clipnorm: float | None = None, clipvalue: float | None = None, global_clipnorm: float | None = None, use_ema: bool = False,
-         ema_momentum: float = 0.99, ema_overwrite_frequency: int | None = None, loss_scale_factor: float | None = None,
+def Lion(learning_rate: Scalar = 0.001, beta_1: float = 0.9, beta_2: float = 0.99,
+         weight_decay: float | None = None, clipnorm: float | None = None,
+         clipvalue: float | None = None, global_clipnorm: float | None = None,
+         use_ema: bool = False, ema_momentum: float = 0.99,
+         ema_overwrite_frequency: int | None = None, loss_scale_factor: float | None = None,
          gradient_accumulation_steps: int | None = None, name: str | None = None, *,
          exclude_from_weight_decay: Mapping[str, Sequence[str]] | None = None) -> Transformation:
     """``keras.optimizers.Lion`` of Keras 3.
 
-    As in the reference: the average is a copy of the parameters until the first step is complete; with accumulation the
-    average moves at every call, while the step that is overwritten is counted in windows, so all calls of such a window
-    overwrite; an ``ema_overwrite_frequency`` of 0 is 1; schedules are looked up by calls.
+    As in the reference: the average is a copy of the parameters until the first step is complete;
+    with accumulation the average moves at every call, while the step that is overwritten is counted
+    in windows, so all calls of such a window overwrite; an ``ema_overwrite_frequency`` of 0 is 1;
+    schedules are looked up by calls.
 
     Args:
       learning_rate: a number, a 0-d array or a schedule; a function of no arguments is refused.
@@ -102,8 +119,9 @@ def Lion(learning_rate: Scalar = 0.001, beta_1: float = 0.9, beta_2: float = 0.9
       loss_scale_factor: what gradients are divided by, or None.
       gradient_accumulation_steps: how many calls make a step, at least 2, or None.
       name: without effect.
-      exclude_from_weight_decay: ``{"var_names": [regular expressions], "var_list": [paths]}``, what the method of that name
-        takes; the expressions are searched for in the last part of a path: ``kernel``.
+      exclude_from_weight_decay: ``{"var_names": [regular expressions], "var_list": [paths]}``, what
+        the method of that name takes; the expressions are searched for in the last part of a path:
+        ``kernel``.
 
     Raises:
       ValueError: for what the reference refuses.
@@ -113,21 +131,27 @@ def Lion(learning_rate: Scalar = 0.001, beta_1: float = 0.9, beta_2: float = 0.9
     >>> keras3.Lion(1e-4, weight_decay=0.1)
     Lion(learning_rate=0.0001, weight_decay=0.1)
     """
-    base = _Base("compat.keras3.Lion", learning_rate, weight_decay, clipnorm, clipvalue, global_clipnorm, use_ema, ema_momentum,
-                 ema_overwrite_frequency, loss_scale_factor, gradient_accumulation_steps, exclude_from_weight_decay)
+    base = _Base("compat.keras3.Lion", learning_rate, weight_decay, clipnorm, clipvalue,
+                 global_clipnorm, use_ema, ema_momentum, ema_overwrite_frequency, loss_scale_factor,
+                 gradient_accumulation_steps, exclude_from_weight_decay)
     if not 0 < beta_1 <= 1:
-        raise ValueError(f"{base.owner}: beta_1={beta_1!r} is not accepted; give a number in (0, 1] (at 0 it would be SignSGD)")
-    return base.around(chain(scale_by_lion(beta_1, beta_2), add_decayed_weights(weight_decay or 0.0, base.mask),
-                             scale_by_learning_rate(base.rate)))
+        raise ValueError(f"{base.owner}: beta_1={beta_1!r} is not accepted; give a number in (0, "
+                         "1] (at 0 it would be SignSGD)")
+    return base.around(
+        chain(scale_by_lion(beta_1, beta_2), add_decayed_weights(weight_decay or 0.0, base.mask),
+              scale_by_learning_rate(base.rate)))
 
 
 @constructor
-def SGD(learning_rate: Scalar = 0.01, momentum: float = 0.0, nesterov: bool = False, weight_decay: float | None = None,
-        clipnorm: float | None = None, clipvalue: float | None = None, global_clipnorm: float | None = None, use_ema: bool = False,
-        ema_momentum: float = 0.99, ema_overwrite_frequency: int | None = None, loss_scale_factor: float | None = None,
-        gradient_accumulation_steps: int | None = None, name: str | None = None, *,
+def SGD(learning_rate: Scalar = 0.01, momentum: float = 0.0, nesterov: bool = False,
+        weight_decay: float | None = None, clipnorm: float | None = None,
+        clipvalue: float | None = None, global_clipnorm: float | None = None, use_ema: bool = False,
+        ema_momentum: float = 0.99, ema_overwrite_frequency: int | None = None,
+        loss_scale_factor: float | None = None, gradient_accumulation_steps: int | None = None,
+        name: str | None = None, *,
         exclude_from_weight_decay: Mapping[str, Sequence[str]] | None = None) -> Transformation:
-    """``keras.optimizers.SGD`` of Keras 3. Its momentum has the learning rate inside, as `lionax.compat.keras2.SGD` says.
+    """``keras.optimizers.SGD`` of Keras 3. Its momentum has the learning rate inside, as
+    `lionax.compat.keras2.SGD` says.
 
     Args:
       learning_rate: as `Lion`.
@@ -153,12 +177,16 @@ def SGD(learning_rate: Scalar = 0.01, momentum: float = 0.0, nesterov: bool = Fa
     >>> keras3.SGD(momentum=0.9)
     SGD(momentum=0.9)
     """
-    base = _Base("compat.keras3.SGD", learning_rate, weight_decay, clipnorm, clipvalue, global_clipnorm, use_ema, ema_momentum,
-                 ema_overwrite_frequency, loss_scale_factor, gradient_accumulation_steps, exclude_from_weight_decay)
+    base = _Base("compat.keras3.SGD", learning_rate, weight_decay, clipnorm, clipvalue,
+                 global_clipnorm, use_ema, ema_momentum, ema_overwrite_frequency, loss_scale_factor,
+                 gradient_accumulation_steps, exclude_from_weight_decay)
     if not isinstance(momentum, float) or not 0 <= momentum <= 1:
-        raise ValueError(f"{base.owner}: momentum={momentum!r} is not accepted; give a float in [0, 1]")
+        raise ValueError(f"{base.owner}: momentum={momentum!r} is not accepted; give a float in "
+                         "[0, 1]")
     if momentum == 0:
-        return base.around(chain(add_decayed_weights(weight_decay or 0.0, base.mask), scale_by_learning_rate(base.rate)))
+        return base.around(
+            chain(add_decayed_weights(weight_decay or 0.0, base.mask),
+                  scale_by_learning_rate(base.rate)))
     return base.around(momentum_sgd(base.rate, momentum, nesterov, weight_decay, base.mask))
 
 
@@ -170,19 +198,22 @@ class Shrunk:
     weight_decay: float
 
     def __call__(self, step: Any) -> Any:
-        return 1.0 - jnp.asarray(self.rate(step) if callable(self.rate) else self.rate, jnp.float32) * self.weight_decay
+        return 1.0 - jnp.asarray(
+            self.rate(step) if callable(self.rate) else self.rate, jnp.float32) * self.weight_decay
 
 
 @constructor
-def Lamb(learning_rate: Scalar = 0.001, beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-7,
-         weight_decay: float | None = None, clipnorm: float | None = None, clipvalue: float | None = None,
-         global_clipnorm: float | None = None, use_ema: bool = False, ema_momentum: float = 0.99,
+def Lamb(learning_rate: Scalar = 0.001, beta_1: float = 0.9, beta_2: float = 0.999,
+         epsilon: float = 1e-7, weight_decay: float | None = None, clipnorm: float | None = None,
+         clipvalue: float | None = None, global_clipnorm: float | None = None,
+         use_ema: bool = False, ema_momentum: float = 0.99,
          ema_overwrite_frequency: int | None = None, loss_scale_factor: float | None = None,
          gradient_accumulation_steps: int | None = None, name: str | None = None, *,
          exclude_from_weight_decay: Mapping[str, Sequence[str]] | None = None) -> Transformation:
     """``keras.optimizers.Lamb`` of Keras 3.
 
-    As in the reference, decay is not part of the layer adaptation: the parameter is decayed first, and its norm is that of the decayed one.
+    As in the reference, decay is not part of the layer adaptation: the parameter is decayed first,
+    and its norm is that of the decayed one.
 
     Args:
       learning_rate: as `Lion`.
@@ -209,22 +240,29 @@ def Lamb(learning_rate: Scalar = 0.001, beta_1: float = 0.9, beta_2: float = 0.9
     >>> keras3.Lamb(epsilon=1e-6)
     Lamb(epsilon=1e-06)
     """
-    base = _Base("compat.keras3.Lamb", learning_rate, weight_decay, clipnorm, clipvalue, global_clipnorm, use_ema, ema_momentum,
-                 ema_overwrite_frequency, loss_scale_factor, gradient_accumulation_steps, exclude_from_weight_decay)
+    base = _Base("compat.keras3.Lamb", learning_rate, weight_decay, clipnorm, clipvalue,
+                 global_clipnorm, use_ema, ema_momentum, ema_overwrite_frequency, loss_scale_factor,
+                 gradient_accumulation_steps, exclude_from_weight_decay)
     adapt = scale_by_trust_ratio()
     if weight_decay:
-        shrunk = scale_by_trust_ratio(trust_coefficient=Shrunk(base.rate, weight_decay), mask=base.mask)
+        shrunk = scale_by_trust_ratio(trust_coefficient=Shrunk(base.rate, weight_decay),
+                                      mask=base.mask)
         adapt = chain(shrunk, masked(adapt, base.mask.opposite()))
-    return base.around(chain(scale_by_adam(beta_1, beta_2, epsilon), adapt, add_decayed_weights(weight_decay or 0.0, base.mask),
-                             scale_by_learning_rate(base.rate)))
+    return base.around(
+        chain(scale_by_adam(beta_1, beta_2, epsilon), adapt,
+              add_decayed_weights(weight_decay or 0.0, base.mask),
+              scale_by_learning_rate(base.rate)))
 
 
 _OPTIMIZERS = {"Lion": Lion, "SGD": SGD, "Lamb": Lamb}
-_SCHEDULES = {name: getattr(keras_schedules, name) for name in keras_schedules.__all__ if name != "Schedule"}
+_SCHEDULES = {
+    name: getattr(keras_schedules, name) for name in keras_schedules.__all__ if name != "Schedule"
+}
 
 
 def to_config(tx: Transformation) -> dict[str, Any]:
-    """What ``get_config()`` of the Keras optimizer gives that a constructor of this module stands for.
+    """What ``get_config()`` of the Keras optimizer gives that a constructor of this module stands
+    for.
 
     As in Keras, exclusions from weight decay are not part of it.
 
@@ -241,20 +279,30 @@ def to_config(tx: Transformation) -> dict[str, Any]:
     for name, make in _OPTIMIZERS.items():
         given = tx.made_by(make) if isinstance(tx, Transformation) else None
         if given is not None:
-            defaults = {parameter.name: parameter.default for parameter in inspect.signature(make).parameters.values()}
+            defaults = {
+                parameter.name: parameter.default
+                for parameter in inspect.signature(make).parameters.values()
+            }
             config = {**defaults, "name": name.lower(), **given}
             del config["exclude_from_weight_decay"]
             return {**config, "learning_rate": _rate_to_config(config["learning_rate"])}
-    raise TypeError(f"compat.keras3.to_config: {tx!r} was not made by {', '.join(_OPTIMIZERS)} of this module; see lionax.to_config")
+    raise TypeError(f"compat.keras3.to_config: {tx!r} was not made by {', '.join(_OPTIMIZERS)} of "
+                    "this module; see lionax.to_config")
 
 
 def _rate_to_config(rate: Any) -> Any:
     if isinstance(rate, keras_schedules.Schedule):
-        fields = {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(rate).items()}
-        return {"module": "keras.optimizers.schedules", "class_name": type(rate).__name__, "config": fields, "registered_name": None}
+        fields = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(rate).items()
+        }
+        return {
+            "module": "keras.optimizers.schedules", "class_name": type(rate).__name__,
+            "config": fields, "registered_name": None
+        }
     if callable(rate) or not np.ndim(rate) == 0:
-        raise TypeError(f"compat.keras3.to_config: learning_rate={rate!r} has no config in Keras; give a number or a schedule of "
-                        "lionax.compat.keras_schedules")
+        raise TypeError(f"compat.keras3.to_config: learning_rate={rate!r} has no config in Keras; "
+                        "give a number or a schedule of lionax.compat.keras_schedules")
     return float(rate)
 
 
@@ -262,13 +310,14 @@ def from_config(config: Mapping[str, Any]) -> Transformation:
     """The transformation for a Keras optimizer's config.
 
     Args:
-      config: what ``get_config()`` of Keras's Lion, SGD or Lamb gives, or ``keras.optimizers.serialize``. Nothing in it is executed.
+      config: what ``get_config()`` of Keras's Lion, SGD or Lamb gives, or
+        ``keras.optimizers.serialize``. Nothing in it is executed.
 
     Raises:
       ValueError: for unknown optimizers, schedules and fields, and for unfit values.
 
     >>> from lionax.compat import keras3
-    >>> keras3.from_config({"name": "sgd", "learning_rate": 0.1, "momentum": 0.9, "nesterov": False})
+    >>> keras3.from_config({"name": "sgd", "learning_rate": 0.1, "momentum": 0.9})
     SGD(learning_rate=0.1, momentum=0.9, name='sgd')
     """
     owner = "compat.keras3.from_config"
@@ -277,13 +326,16 @@ def from_config(config: Mapping[str, Any]) -> Transformation:
     if "class_name" in config:
         name, fields = config["class_name"], config.get("config")
     else:  # what get_config() gives does not tell the class, but each has a field of its own
-        name, fields = "SGD" if "momentum" in config else "Lamb" if "epsilon" in config else "Lion", config
+        name = "SGD" if "momentum" in config else "Lamb" if "epsilon" in config else "Lion"
+        fields = config
     if not isinstance(name, str) or name not in _OPTIMIZERS or not isinstance(fields, Mapping):
-        raise ValueError(f"{owner}: class_name={name!r} with config={fields!r} is not accepted; known are {', '.join(_OPTIMIZERS)}")
+        raise ValueError(f"{owner}: class_name={name!r} with config={fields!r} is not accepted; "
+                         f"known are {', '.join(_OPTIMIZERS)}")
     known = set(inspect.signature(_OPTIMIZERS[name]).parameters) - {"exclude_from_weight_decay"}
     arguments = _checked(fields, known, f"{owner}: {name}")
     if isinstance(arguments.get("learning_rate"), Mapping):
-        arguments["learning_rate"] = _rate_from_config(arguments["learning_rate"], f"{owner}: {name}.learning_rate")
+        arguments["learning_rate"] = _rate_from_config(arguments["learning_rate"], f"{owner}: "
+                                                       f"{name}.learning_rate")
     try:
         return _OPTIMIZERS[name](**arguments)
     except TypeError as error:
@@ -293,9 +345,11 @@ def from_config(config: Mapping[str, Any]) -> Transformation:
 def _rate_from_config(config: Mapping[str, Any], where: str) -> keras_schedules.Schedule:
     name, fields = config.get("class_name"), config.get("config")
     if not isinstance(name, str) or name not in _SCHEDULES or not isinstance(fields, Mapping):
-        raise ValueError(f"{where}: class_name={name!r} with config={fields!r} is not accepted; known are {', '.join(_SCHEDULES)}")
+        raise ValueError(f"{where}: class_name={name!r} with config={fields!r} is not accepted; "
+                         f"known are {', '.join(_SCHEDULES)}")
     schedule = _SCHEDULES[name]
-    arguments = _checked(fields, {field.name for field in dataclasses.fields(schedule)}, f"{where}.{name}")
+    arguments = _checked(fields, {field.name for field in dataclasses.fields(schedule)},
+                         f"{where}.{name}")
     try:
         return schedule(**arguments)
     except TypeError as error:
@@ -303,12 +357,15 @@ def _rate_from_config(config: Mapping[str, Any], where: str) -> keras_schedules.
 
 
 def _checked(fields: Mapping[str, Any], known: set[str], where: str) -> dict[str, Any]:
-    """The fields, if they are known and hold numbers, strings, lists of numbers or, for a rate, a dict."""
+    """The fields, if they are known and hold numbers, lists of numbers or, for a rate, a dict."""
     for name, value in fields.items():
         if name not in known:
-            raise ValueError(f"{where}.{name} is not accepted; the fields are {', '.join(sorted(known))}")
-        plain = value is None or isinstance(value, bool | int | float) or (isinstance(value, str) and name == "name")
-        numbers = isinstance(value, list | tuple) and all(isinstance(item, int | float) for item in value)
+            raise ValueError(f"{where}.{name} is not accepted; the fields are "
+                             f"{', '.join(sorted(known))}")
+        plain = value is None or isinstance(
+            value, bool | int | float) or (isinstance(value, str) and name == "name")
+        numbers = isinstance(value, list | tuple) and all(
+            isinstance(item, int | float) for item in value)
         nested = name == "learning_rate" and isinstance(value, Mapping)
         if not plain and not nested and not (numbers and name in ("boundaries", "values")):
             raise ValueError(f"{where}.{name}={value!r} is not accepted")

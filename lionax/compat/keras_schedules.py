@@ -10,7 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-__all__ = ["CosineDecay", "ExponentialDecay", "InverseTimeDecay", "PiecewiseConstantDecay", "PolynomialDecay", "Schedule"]
+__all__ = [
+    "CosineDecay", "ExponentialDecay", "InverseTimeDecay", "PiecewiseConstantDecay",
+    "PolynomialDecay", "Schedule"
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +23,8 @@ class Schedule:
     def __post_init__(self):
         steps = getattr(self, "decay_steps", 1)
         if not steps > 0:
-            raise ValueError(f"{type(self).__name__}: decay_steps={steps!r} is not accepted; give a number above 0")
+            raise ValueError(f"{type(self).__name__}: decay_steps={steps!r} is not accepted; give "
+                             "a number above 0")
 
     def __call__(self, step: Any) -> jax.Array:
         raise NotImplementedError
@@ -32,7 +36,8 @@ def _float(step: Any) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class ExponentialDecay(Schedule):
-    """``initial_learning_rate · decay_rate^(step / decay_steps)``, the exponent rounded down with ``staircase``.
+    """``initial_learning_rate · decay_rate^(step / decay_steps)``, the exponent rounded down with
+    ``staircase``.
 
     >>> from lionax.compat import keras_schedules
     >>> float(keras_schedules.ExponentialDecay(0.5, decay_steps=10, decay_rate=0.5)(10))
@@ -47,12 +52,14 @@ class ExponentialDecay(Schedule):
 
     def __call__(self, step: Any) -> jax.Array:
         exponent = _float(step) / self.decay_steps
-        return self.initial_learning_rate * jnp.float32(self.decay_rate) ** (jnp.floor(exponent) if self.staircase else exponent)
+        return self.initial_learning_rate * jnp.float32(
+            self.decay_rate)**(jnp.floor(exponent) if self.staircase else exponent)
 
 
 @dataclasses.dataclass(frozen=True)
 class InverseTimeDecay(Schedule):
-    """``initial_learning_rate / (1 + decay_rate · step / decay_steps)``, the fraction rounded down with ``staircase``.
+    """``initial_learning_rate / (1 + decay_rate · step / decay_steps)``, the fraction rounded down
+    with ``staircase``.
 
     >>> from lionax.compat import keras_schedules
     >>> float(keras_schedules.InverseTimeDecay(0.5, decay_steps=1, decay_rate=1.0)(3))
@@ -67,12 +74,14 @@ class InverseTimeDecay(Schedule):
 
     def __call__(self, step: Any) -> jax.Array:
         times = _float(step) / self.decay_steps
-        return self.initial_learning_rate / (1.0 + self.decay_rate * (jnp.floor(times) if self.staircase else times))
+        return self.initial_learning_rate / (1.0 + self.decay_rate *
+                                             (jnp.floor(times) if self.staircase else times))
 
 
 @dataclasses.dataclass(frozen=True)
 class PiecewiseConstantDecay(Schedule):
-    """``values[i]`` up to and including step ``boundaries[i]``; the last value after all boundaries.
+    """``values[i]`` up to and including step ``boundaries[i]``; the last value after all
+    boundaries.
 
     Optax's piecewise schedules change at a boundary, Keras's one step after it.
 
@@ -90,19 +99,23 @@ class PiecewiseConstantDecay(Schedule):
         object.__setattr__(self, "boundaries", tuple(self.boundaries))
         object.__setattr__(self, "values", tuple(self.values))
         if len(self.boundaries) != len(self.values) - 1:
-            raise ValueError(f"PiecewiseConstantDecay: {len(self.boundaries)} boundaries and {len(self.values)} values are not accepted; "
-                             "give one value more than boundaries")
+            raise ValueError(f"PiecewiseConstantDecay: {len(self.boundaries)} boundaries and "
+                             f"{len(self.values)} values are not accepted; give one value more "
+                             "than boundaries")
 
     def __call__(self, step: Any) -> jax.Array:
-        passed = sum((jnp.asarray(step) > boundary).astype(jnp.int32) for boundary in self.boundaries)
+        passed = sum(
+            (jnp.asarray(step) > boundary).astype(jnp.int32) for boundary in self.boundaries)
         return jnp.asarray(self.values, jnp.float32)[passed]
 
 
 @dataclasses.dataclass(frozen=True)
 class PolynomialDecay(Schedule):
-    """``(initial_learning_rate - end_learning_rate)·(1 - step / decay_steps)^power + end_learning_rate``.
+    """``(initial_learning_rate - end_learning_rate)·(1 - step / decay_steps)^power +
+    end_learning_rate``.
 
-    After ``decay_steps`` it stays, or with ``cycle`` begins anew over as many times the steps as have begun.
+    After ``decay_steps`` it stays, or with ``cycle`` begins anew over as many times the steps as
+    have begun.
 
     >>> from lionax.compat import keras_schedules
     >>> float(keras_schedules.PolynomialDecay(0.5, decay_steps=2, end_learning_rate=0.0)(1))
@@ -118,16 +131,18 @@ class PolynomialDecay(Schedule):
 
     def __call__(self, step: Any) -> jax.Array:
         if not self.cycle:
-            decay = optax.polynomial_schedule(self.initial_learning_rate, self.end_learning_rate, self.power, self.decay_steps)
+            decay = optax.polynomial_schedule(self.initial_learning_rate, self.end_learning_rate,
+                                              self.power, self.decay_steps)
             return jnp.asarray(decay(_float(step)))
         whole = self.decay_steps * jnp.maximum(jnp.ceil(_float(step) / self.decay_steps), 1.0)
         fall = self.initial_learning_rate - self.end_learning_rate
-        return fall * (1.0 - _float(step) / whole) ** jnp.float32(self.power) + self.end_learning_rate
+        return fall * (1.0 - _float(step) / whole)**jnp.float32(self.power) + self.end_learning_rate
 
 
 @dataclasses.dataclass(frozen=True)
 class CosineDecay(Schedule):
-    """Half a cosine from the initial rate, or from ``warmup_target`` after a linear warm-up, to ``alpha`` times it.
+    """Half a cosine from the initial rate, or from ``warmup_target`` after a linear warm-up, to
+    ``alpha`` times it.
 
     >>> from lionax.compat import keras_schedules
     >>> float(keras_schedules.CosineDecay(0.0, 10, warmup_target=1.0, warmup_steps=4)(2))
@@ -143,8 +158,11 @@ class CosineDecay(Schedule):
 
     def __call__(self, step: Any) -> jax.Array:
         if self.warmup_target is None:
-            return jnp.asarray(optax.cosine_decay_schedule(self.initial_learning_rate, self.decay_steps, self.alpha)(_float(step)))
+            return jnp.asarray(
+                optax.cosine_decay_schedule(self.initial_learning_rate, self.decay_steps,
+                                            self.alpha)(_float(step)))
         after = optax.cosine_decay_schedule(self.warmup_target, self.decay_steps, self.alpha)(
             jnp.maximum(_float(step) - self.warmup_steps, 0.0))
-        rise = (self.warmup_target - self.initial_learning_rate) * (_float(step) / max(self.warmup_steps, 1))
+        rise = (self.warmup_target - self.initial_learning_rate) * (_float(step) /
+                                                                    max(self.warmup_steps, 1))
         return jnp.where(_float(step) < self.warmup_steps, rise + self.initial_learning_rate, after)

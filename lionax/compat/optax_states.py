@@ -6,16 +6,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lionax import storage
-from lionax.adaptive import ScaleByAdamState
-from lionax.engine import State
-from lionax.momentum import TraceState
-from lionax.sign_momentum import ScaleByLionState
+from lionax.core import storage
+from lionax.core.state import State
+from lionax.transforms.adaptive import ScaleByAdamState
+from lionax.transforms.momentum import TraceState
+from lionax.transforms.sign_momentum import ScaleByLionState
 
 __all__ = ["from_optax", "to_optax"]
 
-_KINDS = {ScaleByLionState: "lion", optax.ScaleByLionState: "lion", ScaleByAdamState: "adam", optax.ScaleByAdamState: "adam",
-          TraceState: "trace", optax.TraceState: "trace"}
+_KINDS = {
+    ScaleByLionState: "lion", optax.ScaleByLionState: "lion", ScaleByAdamState: "adam",
+    optax.ScaleByAdamState: "adam", TraceState: "trace", optax.TraceState: "trace"
+}
 _FIELDS = {"lion": ("mu",), "adam": ("mu", "nu"), "trace": ("trace",)}
 _COUNTERS = (optax.ScaleByLionState, optax.ScaleByAdamState, optax.ScaleByScheduleState)
 
@@ -24,17 +26,19 @@ def from_optax(optax_state: Any, into: State, *, count: Any = None) -> State:
     """The state in which lionax goes on with a run of Optax.
 
     Args:
-      optax_state: of ``optax.lion``, ``optax.lamb``, ``optax.sgd`` or a chain with one of their parts of each kind.
+      optax_state: of ``optax.lion``, ``optax.lamb``, ``optax.sgd`` or a chain with one of their
+        parts of each kind.
       into: ``tx.init(params)`` of the matching transformation, whose dtypes and placement are kept.
-      count: how many steps were made; needed only where Optax does not count them, as ``optax.sgd`` with a constant rate,
-        and there 0 if it is left out.
+      count: how many steps were made; needed only where Optax does not count them, as ``optax.sgd``
+        with a constant rate, and there 0 if it is left out.
 
     Returns:
       ``into`` with the moments and the count of Optax.
 
     Raises:
       TypeError: if ``into`` is not a lionax state.
-      ValueError: for a state with other arrays than these moments, or with moments of another kind, structure or shape.
+      ValueError: for a state with other arrays than these moments, or with moments of another kind,
+        structure or shape.
 
     >>> import jax.numpy as jnp, lionax, optax
     >>> params = jnp.ones(2)
@@ -44,20 +48,29 @@ def from_optax(optax_state: Any, into: State, *, count: Any = None) -> State:
     """
     owner = "compat.from_optax"
     if not isinstance(into, State):
-        raise TypeError(f"{owner}: into is a {type(into).__name__}, not a lionax State; give tx.init(params)")
-    counts = {int(jnp.asarray(node.count)) for node in jax.tree.leaves(optax_state, is_leaf=_is_known) if isinstance(node, _COUNTERS)}
+        raise TypeError(f"{owner}: into is a {type(into).__name__}, not a lionax State; give "
+                        "tx.init(params)")
+    counts = {
+        int(jnp.asarray(node.count))
+        for node in jax.tree.leaves(optax_state, is_leaf=_is_known)
+        if isinstance(node, _COUNTERS)
+    }
     if len(counts) > 1 or (count is not None and counts - {int(count)}):
-        raise ValueError(f"{owner}: the state counts {sorted(counts)} steps, count={count!r}; these must be equal")
+        raise ValueError(f"{owner}: the state counts {sorted(counts)} steps, count={count!r}; "
+                         "these must be equal")
     rules = _filled(into.rules, _moments(optax_state, owner), owner)
-    return into._replace(count=storage.in_place_of(counts.pop() if counts else count or 0, into.count), rules=rules)
+    return into._replace(
+        count=storage.in_place_of(counts.pop() if counts else count or 0, into.count), rules=rules)
 
 
 def to_optax(state: State, into: Any) -> Any:
     """The state in which Optax goes on with a run of lionax: the inverse of `from_optax`.
 
     Args:
-      state: of `lionax.lion`, `lionax.lamb`, `lionax.sgd` or a chain with one of their parts of each kind.
-      into: ``tx.init(params)`` of the matching Optax transformation, whose dtypes and placement are kept.
+      state: of `lionax.lion`, `lionax.lamb`, `lionax.sgd` or a chain with one of their parts of
+        each kind.
+      into: ``tx.init(params)`` of the matching Optax transformation, whose dtypes and placement are
+        kept.
 
     Returns:
       ``into`` with the moments and the count of lionax.
@@ -77,9 +90,11 @@ def to_optax(state: State, into: Any) -> Any:
         raise TypeError(f"{owner}: state is a {type(state).__name__}, not a lionax State")
 
     def count(node: Any) -> Any:
-        return node._replace(count=storage.in_place_of(state.count, node.count)) if isinstance(node, _COUNTERS) else node
+        return node._replace(count=storage.in_place_of(state.count, node.count)) if isinstance(
+            node, _COUNTERS) else node
 
-    return jax.tree.map(count, _filled(into, _moments(state.rules, owner), owner), is_leaf=_is_known)
+    return jax.tree.map(count, _filled(into, _moments(state.rules, owner), owner),
+                        is_leaf=_is_known)
 
 
 def _is_known(node: Any) -> bool:
@@ -92,8 +107,10 @@ def _moments(state: Any, owner: str) -> dict[str, Any]:
     for node in jax.tree.leaves(state, is_leaf=_is_known):
         kind = _KINDS.get(type(node))
         if kind in found or not _is_known(node):
-            what = f"two of {type(node).__name__}" if kind in found else f"an array of shape {jnp.shape(node)}"
-            raise ValueError(f"{owner}: the state holds {what} beside moments and counts; carry over the parts of a wrapper one by one")
+            what = (f"two of {type(node).__name__}" if kind in found else
+                    f"an array of shape {jnp.shape(node)}")
+            raise ValueError(f"{owner}: the state holds {what} beside moments and counts; carry "
+                             "over the parts of a wrapper one by one")
         if kind is not None:
             found[kind] = node
     return found
@@ -103,12 +120,14 @@ def _filled(into: Any, moments: dict[str, Any], owner: str) -> Any:
     """A state with these moments in place of its own."""
     wanted = _moments(into, owner)
     if wanted.keys() != moments.keys():
-        raise ValueError(f"{owner}: the moments are of {sorted(moments) or 'no kind'}, those of into of {sorted(wanted) or 'no kind'}; the "
-                         "two transformations must match")
+        raise ValueError(f"{owner}: the moments are of {sorted(moments) or 'no kind'}, those of "
+                         f"into of {sorted(wanted) or 'no kind'}; the two transformations must "
+                         "match")
 
     def one(path: Any, old: Any, new: Any) -> Any:
         if jnp.shape(old) != jnp.shape(new):
-            raise ValueError(f"{owner}: the moment {jax.tree_util.keystr(path)} has shape {jnp.shape(new)}, that of into {jnp.shape(old)}")
+            raise ValueError(f"{owner}: the moment {jax.tree_util.keystr(path)} has shape "
+                             f"{jnp.shape(new)}, that of into {jnp.shape(old)}")
         return storage.in_place_of(new, old)
 
     def fill(node: Any) -> Any:
@@ -116,8 +135,12 @@ def _filled(into: Any, moments: dict[str, Any], owner: str) -> Any:
         if kind is None:
             return node
         try:
-            return node._replace(**{field: jax.tree_util.tree_map_with_path(one, getattr(node, field), getattr(moments[kind], field))
-                                    for field in _FIELDS[kind]})
+            return node._replace(
+                **{
+                    field: jax.tree_util.tree_map_with_path(one, getattr(node, field),
+                                                            getattr(moments[kind], field))
+                    for field in _FIELDS[kind]
+                })
         except ValueError as error:
             raise ValueError(f"{owner}: {error}") from None
 

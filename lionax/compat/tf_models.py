@@ -7,15 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lionax.adaptive import scale_by_adam, scale_by_trust_ratio
-from lionax.clipping import ClipByNorm, clip, clip_by_global_norm, clip_by_norm
-from lionax.combining import chain
 from lionax.compat.keras_parts import Decayed, check_rate
-from lionax.decay import add_decayed_weights
-from lionax.hyperparameters import Scalar
-from lionax.rule import Step
-from lionax.scaling import scale_by_learning_rate
-from lionax.transformation import Transformation, constructor
+from lionax.core.hyperparameters import Scalar
+from lionax.core.rule import Applied, Step
+from lionax.core.transformation import Transformation, constructor
+from lionax.transforms.adaptive import scale_by_adam, scale_by_trust_ratio
+from lionax.transforms.clipping import ClipByNorm, clip, clip_by_global_norm, clip_by_norm
+from lionax.transforms.combining import chain
+from lionax.transforms.decay import add_decayed_weights
+from lionax.transforms.scaling import scale_by_learning_rate
 
 __all__ = ["LAMB", "InverseTime", "ZeroNorm"]
 
@@ -35,21 +35,25 @@ class InverseTime:
 class ZeroNorm(ClipByNorm):
     """TensorFlow's clip to a norm of 0 divides a gradient of 0 by 0."""
 
-    def apply(self, update: jax.Array, slots: Any, param: Any, step: Step) -> tuple[jax.Array, Any]:
+    def apply(self, update: jax.Array, slots: Any, param: Any, step: Step) -> Applied:
         clipped, slots = super().apply(update, slots, param, step)
         return jnp.where(step.norms[0] == 0, jnp.full_like(clipped, jnp.nan), clipped), slots
 
 
 @constructor
-def LAMB(learning_rate: Scalar = 0.001, beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-6,
-         weight_decay_rate: float = 0.0, exclude_from_weight_decay: Sequence[str] | None = None,
-         exclude_from_layer_adaptation: Sequence[str] | None = None, name: str = "LAMB", *, clipnorm: float | None = None,
-         clipvalue: float | None = None, global_clipnorm: float | None = None, lr: Scalar = None, decay: float = 0.0) -> Transformation:
+def LAMB(learning_rate: Scalar = 0.001, beta_1: float = 0.9, beta_2: float = 0.999,
+         epsilon: float = 1e-6, weight_decay_rate: float = 0.0,
+         exclude_from_weight_decay: Sequence[str] | None = None,
+         exclude_from_layer_adaptation: Sequence[str] | None = None, name: str = "LAMB", *,
+         clipnorm: float | None = None, clipvalue: float | None = None,
+         global_clipnorm: float | None = None, lr: Scalar = None,
+         decay: float = 0.0) -> Transformation:
     """``tfm.optimization.lamb.LAMB`` of the TensorFlow Model Garden.
 
-    As in the reference: what is excluded from decay is excluded from layer adaptation too, unless that has a list of its own (an
-    empty one is none); ``lr`` overrides ``learning_rate``; clips act one after the other, by value, leaf and tree; a
-    ``clipnorm`` of 0 makes gradients 0, and those that are 0 NaN.
+    As in the reference: what is excluded from decay is excluded from layer adaptation too, unless
+    that has a list of its own (an empty one is none); ``lr`` overrides ``learning_rate``; clips act
+    one after the other, by value, leaf and tree; a ``clipnorm`` of 0 makes gradients 0, and those
+    that are 0 NaN.
 
     Args:
       learning_rate: a number, a 0-d array or a schedule; a function of no arguments is refused.
@@ -76,18 +80,23 @@ def LAMB(learning_rate: Scalar = 0.001, beta_1: float = 0.9, beta_2: float = 0.9
     """
     owner = "compat.tf_models.LAMB"
     if not epsilon:
-        raise ValueError(f"{owner}: epsilon={epsilon!r} is not accepted, as in the reference; give a number above 0, such as 1e-6")
-    for argument, value in (("clipnorm", clipnorm), ("clipvalue", clipvalue), ("global_clipnorm", global_clipnorm), ("decay", decay),
-                            ("lr", lr)):
+        raise ValueError(f"{owner}: epsilon={epsilon!r} is not accepted, as in the reference; give "
+                         "a number above 0, such as 1e-6")
+    for argument, value in (("clipnorm", clipnorm), ("clipvalue", clipvalue),
+                            ("global_clipnorm", global_clipnorm), ("decay", decay), ("lr", lr)):
         if isinstance(value, int | float) and value < 0:
-            raise ValueError(f"{owner}: {argument}={value!r} is not accepted; give a number of at least 0")
+            raise ValueError(f"{owner}: {argument}={value!r} is not accepted; give a number of at "
+                             "least 0")
     if clipnorm is not None and global_clipnorm is not None:
-        raise ValueError(f"{owner}: clipnorm={clipnorm!r} and global_clipnorm={global_clipnorm!r} exclude each other; give one of them")
+        raise ValueError(f"{owner}: clipnorm={clipnorm!r} and global_clipnorm={global_clipnorm!r} "
+                         "exclude each other; give one of them")
     rate = check_rate(learning_rate if lr is None else lr, owner)
     undecayed = tuple(exclude_from_weight_decay or ())
     unadapted = tuple(exclude_from_layer_adaptation or undecayed)
-    clips = [make(limit) for limit, make in ((clipvalue, clip), (clipnorm, clip_by_norm), (global_clipnorm, clip_by_global_norm))
-             if limit is not None]
+    clips = [
+        make(limit) for limit, make in ((clipvalue, clip), (clipnorm, clip_by_norm),
+                                        (global_clipnorm, clip_by_global_norm)) if limit is not None
+    ]
     if clipnorm == 0:
         clips[-1] = Transformation.of(ZeroNorm(0.0))
     return chain(*clips,

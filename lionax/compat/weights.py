@@ -1,7 +1,7 @@
 """The weights of a running Keras optimizer, into a state and out of it.
 
-A constructor tells which weights its reference has, in which order and under which names (`_Form`). What is read from a list or a
-dict goes to the slots that stand for it (`_SLOTS`), and back.
+A constructor tells which weights its reference has, in which order and under which names (`_Form`).
+What is read from a list or a dict goes to the slots that stand for it (`_SLOTS`), and back.
 """
 
 import dataclasses
@@ -13,23 +13,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lionax import storage
-from lionax.accumulation import AccumulateState
-from lionax.adaptive import ScaleByAdamState
-from lionax.averaging import ParamsEmaState
 from lionax.compat import dtensor, keras2, keras3, tf_models
-from lionax.engine import State
-from lionax.hyperparameters import get_hyperparams, set_hyperparams
-from lionax.masks import is_placeholder, named_leaves
-from lionax.momentum import TraceState
-from lionax.sign_momentum import ScaleByLionState
-from lionax.transformation import Transformation
+from lionax.core import storage
+from lionax.core.hyperparameters import get_hyperparams, set_hyperparams
+from lionax.core.state import State
+from lionax.core.transformation import Transformation
+from lionax.core.tree import is_placeholder, named_leaves
+from lionax.transforms.accumulation import AccumulateState
+from lionax.transforms.adaptive import ScaleByAdamState
+from lionax.transforms.averaging import ParamsEmaState
+from lionax.transforms.momentum import TraceState
+from lionax.transforms.sign_momentum import ScaleByLionState
 
 __all__ = ["from_weights", "to_weights"]
 
-_SLOTS = {ScaleByLionState: {"mu": "momentum"}, ScaleByAdamState: {"mu": "momentum", "nu": "velocity"},
-          TraceState: {"trace": "downhill"}, ParamsEmaState: {"params_ema": "average"}}
-"""What the fields of states are called here. Keras's momentum of SGD is the trace, but pointing downhill."""
+_SLOTS = {
+    ScaleByLionState: {"mu": "momentum"}, ScaleByAdamState: {"mu": "momentum", "nu": "velocity"},
+    TraceState: {"trace": "downhill"}, ParamsEmaState: {"params_ema": "average"}
+}
+"""What the fields of states are called here. Keras's momentum of SGD is the trace, downhill."""
 
 _COUNT = ("iteration", "iterations", "_iterations", "iter")
 _RATE = ("learning_rate", "_learning_rate")
@@ -38,10 +40,14 @@ _CHECKPOINT = "/.ATTRIBUTES/VARIABLE_VALUE"  # ends what TensorFlow's checkpoint
 
 @dataclasses.dataclass(frozen=True)
 class _Form:
-    """Which weights an optimizer of a reference has: first its iteration and, in Keras 3, its learning rate."""
+    """The weights of a reference's optimizer: its iteration, in Keras 3 its rate, its slots."""
 
-    groups: tuple[tuple[str, ...], ...]  # of slots; the variables of a group follow each other, parameter by parameter
-    spelled: Callable[[str, str], tuple[str, ...]]  # the names of the variable for a slot and a parameter's name
+    groups: tuple[
+        tuple[str, ...],
+        ...]  # of slots; the variables of a group follow each other, parameter by parameter
+    spelled: Callable[[str, str],
+                      tuple[str,
+                            ...]]  # the names of the variable for a slot and a parameter's name
     constant: bool  # whether the learning rate is a number
     count: bool = True  # whether the iteration is a weight
     rate: bool = False  # whether the learning rate is one
@@ -50,23 +56,34 @@ class _Form:
     @classmethod
     def of(cls, tx: Transformation, owner: str) -> "_Form":
         """That of the constructor which made a transformation; refuses what none has made."""
-        own = {keras3.Lion: ("momentum",), keras3.SGD: ("downhill",), keras3.Lamb: ("momentum", "velocity"), keras2.Lion: ("momentum",),
-               keras2.SGD: ("downhill",), dtensor.SGD: ("downhill",), tf_models.LAMB: ("momentum", "velocity")}
-        makers = [maker for maker in own if isinstance(tx, Transformation) and tx.made_by(maker) is not None]
+        own = {
+            keras3.Lion: ("momentum", ), keras3.SGD: ("downhill", ),
+            keras3.Lamb: ("momentum", "velocity"), keras2.Lion: ("momentum", ),
+            keras2.SGD: ("downhill", ), dtensor.SGD: ("downhill", ),
+            tf_models.LAMB: ("momentum", "velocity")
+        }
+        makers = [
+            maker for maker in own
+            if isinstance(tx, Transformation) and tx.made_by(maker) is not None
+        ]
         if not makers:
-            names = ", ".join(f"{maker.__module__.removeprefix('lionax.')}.{maker.__name__}" for maker in own)
-            raise TypeError(f"{owner}: {tx!r} was not returned by one of {names}, so it is not known which weights its reference has")
+            names = ", ".join(
+                f"{maker.__module__.removeprefix('lionax.')}.{maker.__name__}" for maker in own)
+            raise TypeError(f"{owner}: {tx!r} was not returned by one of {names}, so it is not "
+                            "known which weights its reference has")
         maker, given = makers[0], tx.made_by(makers[0]) or {}
         constant = not callable(given.get("learning_rate"))
         average = (("average",),) if given.get("use_ema") else ()
         if maker is tf_models.LAMB:
             return cls((("momentum",), ("velocity",)), _spelled_in_model_garden, constant)
         if maker in (keras2.Lion, keras2.SGD, dtensor.SGD):
-            return cls((*average, own[maker]), _spelled_in_keras2, constant, count=maker is not dtensor.SGD)
+            return cls((*average, own[maker]), _spelled_in_keras2, constant, count=maker
+                       is not dtensor.SGD)
         window = given.get("gradient_accumulation_steps") or 1
         sums = (("gradient_accumulator",),) if window > 1 else ()
         slots = () if maker is keras3.SGD and not given.get("momentum") else (own[maker],)
-        return cls((*average, *sums, *slots), _spelled_in_keras3, constant, rate=constant, window=window)
+        return cls((*average, *sums, *slots), _spelled_in_keras3, constant, rate=constant,
+                   window=window)
 
     @property
     def slots(self) -> list[str]:
@@ -99,43 +116,54 @@ class _Variables:
     ordered: bool  # whether that order is known
 
     @classmethod
-    def of(cls, tree: Any, variables: Sequence[str] | Mapping[str, str] | None, owner: str) -> "_Variables":
+    def of(cls, tree: Any, variables: Sequence[str] | Mapping[str, str] | None,
+           owner: str) -> "_Variables":
         """From the user's argument, checked against a tree like the parameters."""
         paths = list(_by_path(tree))
         if variables is None:
-            return cls(dict(zip(paths, paths, strict=True)), len(paths) == 1 or isinstance(tree, list | tuple))
-        if isinstance(variables, str) or set(variables) != set(paths) or len(variables) != len(paths):
-            raise ValueError(f"{owner}: variables={variables!r} are not the paths of the leaves, each once: {paths}")
-        return cls(dict(variables) if isinstance(variables, Mapping) else dict(zip(variables, variables, strict=True)), True)
+            return cls(dict(zip(paths, paths, strict=True)),
+                       len(paths) == 1 or isinstance(tree, list | tuple))
+        if isinstance(variables,
+                      str) or set(variables) != set(paths) or len(variables) != len(paths):
+            raise ValueError(f"{owner}: variables={variables!r} are not the paths of the leaves, "
+                             f"each once: {paths}")
+        return cls(
+            dict(variables) if isinstance(variables, Mapping) else dict(
+                zip(variables, variables, strict=True)), True)
 
     def check_order(self, owner: str) -> None:
         """Refuses to guess: JAX sorts dicts, Keras does not."""
         if not self.ordered:
-            raise ValueError(f"{owner}: the order of the reference's variables is not known; give variables=[...], the paths of the "
-                             f"leaves in the order of model.trainable_variables; they are {list(self.names)}")
+            raise ValueError(f"{owner}: the order of the reference's variables is not known; give "
+                             "variables=[...], the paths of the leaves in the order of "
+                             f"model.trainable_variables; they are {list(self.names)}")
 
 
 def from_weights(tx: Transformation, params: Any, weights: Sequence[Any] | Mapping[str, Any],
-                 variables: Sequence[str] | Mapping[str, str] | None = None, *, count: int | None = None) -> State:
+                 variables: Sequence[str] | Mapping[str, str] | None = None, *,
+                 count: int | None = None) -> State:
     """The state in which lionax goes on with a run of Keras.
 
     Args:
       tx: what the constructor of `lionax.compat` returned that stands for the Keras optimizer.
       params: the parameters, as they are now.
-      weights: the optimizer's: a list, as ``get_weights()`` or ``[v.numpy() for v in optimizer.variables]`` gives it; or a dict by
-        number or name, as ``save_own_variables``, ``{v.path: v.numpy() for v in optimizer.variables}`` or TensorFlow's
-        checkpoint reader gives it. If a learning rate is among them and differs, it is assigned.
-      variables: the paths of the leaves in the order of ``model.trainable_variables``; or a dict from path to the reference's
-        name of the variable, in that order. May be left out if the parameters are a list, or the weights have names made of
-        the paths.
-      count: how many calls were made, where the weights do not tell: those of DTensor in TensorFlow 2.12.
+      weights: the optimizer's: a list, as ``get_weights()`` or ``[v.numpy() for v in
+        optimizer.variables]`` gives it; or a dict by number or name, as ``save_own_variables``,
+        ``{v.path: v.numpy() for v in optimizer.variables}`` or TensorFlow's checkpoint reader gives
+        it. If a learning rate is among them and differs, it is assigned.
+      variables: the paths of the leaves in the order of ``model.trainable_variables``; or a dict
+        from path to the reference's name of the variable, in that order. May be left out if the
+        parameters are a list, or the weights have names made of the paths.
+      count: how many calls were made, where the weights do not tell: those of DTensor in TensorFlow
+        2.12.
 
     Returns:
       The state, in the dtypes and on the devices of ``tx.init(params)``.
 
     Raises:
       TypeError: for a transformation of another origin.
-      ValueError: for weights that do not fit in number, name or shape; for an order that is not known.
+      ValueError: for weights that do not fit in number, name or shape; for an order that is not
+        known.
 
     >>> import jax.numpy as jnp, lionax
     >>> tx = lionax.compat.keras3.Lion(0.5)
@@ -144,27 +172,32 @@ def from_weights(tx: Transformation, params: Any, weights: Sequence[Any] | Mappi
     (3, [0.25, -1.0])
     """
     owner = "compat.from_weights"
-    form, known, leaves = _Form.of(tx, owner), _Variables.of(params, variables, owner), _by_path(params)
+    form, known, leaves = _Form.of(tx, owner), _Variables.of(params, variables,
+                                                             owner), _by_path(params)
     if isinstance(weights, Mapping):
         calls, rate, found = _from_dict(form, known, weights, owner)
     else:
         calls, rate, found = _from_list(form, known, weights, owner)
     calls = count if calls is None else calls
     if calls is None:
-        raise ValueError(f"{owner}: the weights do not tell how many calls were made; give count=...")
+        raise ValueError(f"{owner}: the weights do not tell how many calls were made; give "
+                         "count=...")
     if count is not None and int(calls) != count:
-        raise ValueError(f"{owner}: count={count!r}, but the weights tell of {int(calls)} calls; leave count out")
+        raise ValueError(f"{owner}: count={count!r}, but the weights tell of {int(calls)} calls; "
+                         "leave count out")
     for (slot, path), value in found.items():
         if np.shape(value) != np.shape(leaves[path]):
-            raise ValueError(f"{owner}: the {_shown(slot)} of {path!r} has shape {np.shape(value)}, the parameter "
-                             f"{np.shape(leaves[path])}; give the weights in the order of variables")
+            raise ValueError(f"{owner}: the {_shown(slot)} of {path!r} has shape "
+                             f"{np.shape(value)}, the parameter {np.shape(leaves[path])}; give the "
+                             "weights in the order of variables")
     state = _filled(cast(State, tx.init(params)), found, int(calls), form.window)
     if rate is not None and form.constant and np.float32(rate) != _rate(state):
         state = set_hyperparams(state, learning_rate=float(rate))
     return state
 
 
-def to_weights(tx: Transformation, state: State, variables: Sequence[str] | Mapping[str, str] | None = None) -> list[np.ndarray]:
+def to_weights(tx: Transformation, state: State,
+               variables: Sequence[str] | Mapping[str, str] | None = None) -> list[np.ndarray]:
     """The weights with which Keras goes on with a run of lionax: the inverse of `from_weights`.
 
     Args:
@@ -202,12 +235,17 @@ def to_weights(tx: Transformation, state: State, variables: Sequence[str] | Mapp
 def _by_path(tree: Any) -> dict[str, Any]:
     """The arrays of a tree."""
     names, leaves, _ = named_leaves(tree)
-    return {name: leaf for name, leaf in zip(names, leaves, strict=True) if not is_placeholder(leaf)}
+    return {
+        name: leaf for name, leaf in zip(names, leaves, strict=True) if not is_placeholder(leaf)
+    }
 
 
 def _rate(state: State) -> np.ndarray:
     """The learning rate, which several rules may share."""
-    return next(np.asarray(value) for name, value in get_hyperparams(state).items() if name.rpartition("/")[2] == "learning_rate")
+    return next(
+        np.asarray(value)
+        for name, value in get_hyperparams(state).items()
+        if name.rpartition("/")[2] == "learning_rate")
 
 
 def _shown(slot: str) -> str:
@@ -223,7 +261,9 @@ def _slots(state: Any) -> dict[str, Any]:
     trees = {}
     for node in jax.tree.leaves(state, is_leaf=_is_known):
         if isinstance(node, AccumulateState):
-            trees |= {"gradient_accumulator": node.gradients, **_slots(node.inner)}
+            sums = jax.tree.map(lambda total, weight: jnp.where(weight == 0, jnp.zeros_like(total), total),
+                                node.gradients, node.weights)
+            trees |= {"gradient_accumulator": sums, **_slots(node.inner)}
         trees |= {name: getattr(node, field) for field, name in _SLOTS.get(type(node), {}).items()}
     return trees
 
@@ -233,21 +273,27 @@ def _filled(state: State, found: Mapping[tuple[str, str], Any], count: int, wind
 
     def tree(slot: str, old: Any) -> Any:
         names, leaves, treedef = named_leaves(old)
-        new = [(-1 if slot == "downhill" else 1) * jnp.asarray(found[slot, name]) if (slot, name) in found else None for name in names]
+        new = [(-1 if slot == "downhill" else 1) * jnp.asarray(found[slot, name]) if
+               (slot, name) in found else None for name in names]
         return treedef.unflatten(leaf if value is None else storage.in_place_of(value, leaf)
                                  for value, leaf in zip(new, leaves, strict=True))
 
     def fill(node: Any) -> Any:
         if isinstance(node, AccumulateState):
             part = count % window
-            return node._replace(calls=storage.in_place_of(part, node.calls), weight=storage.in_place_of(part, node.weight),
+            return node._replace(calls=storage.in_place_of(part, node.calls),
+                                 weights=storage.in_place_of(part, node.weights),
                                  gradients=tree("gradient_accumulator", node.gradients),
                                  inner=_filled(node.inner, found, count // window, 1))
         if type(node) in _SLOTS:
-            return node._replace(**{field: tree(slot, getattr(node, field)) for field, slot in _SLOTS[type(node)].items()})
+            return node._replace(**{
+                field: tree(slot, getattr(node, field))
+                for field, slot in _SLOTS[type(node)].items()
+            })
         return node
 
-    return state._replace(count=storage.in_place_of(count, state.count), rules=jax.tree.map(fill, state.rules, is_leaf=_is_known))
+    return state._replace(count=storage.in_place_of(count, state.count),
+                          rules=jax.tree.map(fill, state.rules, is_leaf=_is_known))
 
 
 Found = tuple[Any, Any, dict[tuple[str, str], Any]]
@@ -258,20 +304,27 @@ def _from_list(form: _Form, known: _Variables, weights: Sequence[Any], owner: st
     known.check_order(owner)
     entries = form.entries(list(known.names))
     scalars = weights[: form.count + form.rate]
-    if len(weights) != len(scalars) + len(entries) or any(np.shape(scalar) != () for scalar in scalars):
+    if len(weights) != len(scalars) + len(entries) or any(
+            np.shape(scalar) != () for scalar in scalars):
         wanted = ["the iteration"] * form.count + ["the learning rate"] * form.rate
         wanted += [f"{_shown(slot)} of {path!r}" for slot, path in entries]
-        raise ValueError(f"{owner}: {len(weights)} weights do not fit; expected are {', '.join(wanted)}")
-    count, rate = weights[0] if form.count else None, weights[int(form.count)] if form.rate else None
+        raise ValueError(f"{owner}: {len(weights)} weights do not fit; expected are "
+                         f"{', '.join(wanted)}")
+    count, rate = weights[0] if form.count else None, weights[int(
+        form.count)] if form.rate else None
     return count, rate, dict(zip(entries, weights[len(scalars):], strict=True))
 
 
 def _from_dict(form: _Form, known: _Variables, weights: Mapping[str, Any], owner: str) -> Found:
-    free = {re.sub(r":\d+$", "", key.removesuffix(_CHECKPOINT)): value for key, value in weights.items()}
+    free = {
+        re.sub(r":\d+$", "", key.removesuffix(_CHECKPOINT)): value
+        for key, value in weights.items()
+    }
 
     def take(names: Sequence[str]) -> Any:
         """The weight of one of these names, whatever stands before it."""
-        keys = sorted((key for key in free if any(key == name or key.endswith("/" + name) for name in names)), key=len)
+        keys = sorted((key for key in free if any(key == name or key.endswith("/" + name)
+                                                  for name in names)), key=len)
         return free.pop(keys[0]) if keys else None
 
     count, rate, found = take(_COUNT), take(_RATE), {}
@@ -282,16 +335,20 @@ def _from_dict(form: _Form, known: _Variables, weights: Mapping[str, Any], owner
             numbered[0] = count
         if sorted(numbered) != list(range(len(numbered))):
             raise ValueError(f"{owner}: of the numbered weights there are only {sorted(numbered)}")
-        count, listed_rate, found = _from_list(form, known, [numbered[i] for i in range(len(numbered))], owner)
+        count, listed_rate, found = _from_list(form, known,
+                                               [numbered[i] for i in range(len(numbered))], owner)
         return count, rate if listed_rate is None else listed_rate, found
     for slot, path in form.entries(list(known.names)):
         names = form.spelled(slot, known.names[path])
         found[slot, path] = value = take(names)
         if value is None:
-            raise ValueError(f"{owner}: there is no weight named {' or '.join(names)}, the {_shown(slot)} of {path!r}; give the "
-                             f"reference's names of the variables as variables={{path: name}}; the weights are {sorted(weights)}")
-    from_checkpoint = any(key.endswith(_CHECKPOINT) for key in weights)  # then the model's variables are among them
+            raise ValueError(f"{owner}: there is no weight named {' or '.join(names)}, the "
+                             f"{_shown(slot)} of {path!r}; give the reference's names of the "
+                             f"variables as variables={{path: name}}; the weights are "
+                             f"{sorted(weights)}")
+    from_checkpoint = any(key.endswith(_CHECKPOINT)
+                          for key in weights)  # then the model's variables are among them
     if free and not from_checkpoint:
-        raise ValueError(f"{owner}: the weight {min(free)!r} belongs to no slot of the transformation; is it of another optimizer, or of "
-                         "other arguments?")
+        raise ValueError(f"{owner}: the weight {min(free)!r} belongs to no slot of the "
+                         "transformation; is it of another optimizer, or of other arguments?")
     return count, rate, found

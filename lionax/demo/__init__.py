@@ -1,3 +1,3 @@
-"""What ``lionax demo`` runs: a small transformer learns English from the text that every Python ships."""
+"""What ``lionax demo`` runs: a small transformer learns English from Python's help topics."""
 
 __all__: list[str] = []

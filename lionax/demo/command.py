@@ -15,7 +15,8 @@ def _names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     unknown = [name for name in names if name not in CHOICES]
     if unknown or not names:
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown) or 'nothing'}: give some of {','.join(CHOICES)}")
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown) or 'nothing'}: give some of "
+                                         f"{','.join(CHOICES)}")
     return list(dict.fromkeys(names))
 
 
@@ -26,17 +27,23 @@ def _positive(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lionax", description="Composable gradient transformations for JAX.")
+    parser = argparse.ArgumentParser(prog="lionax", description="Composable gradient "
+                                                                "transformations for JAX.")
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="train a small transformer with several optimizers and compare them",
-                               description="Trains a small causal transformer on the text of Python's help topics, once with each "
-                               "optimizer, from the same weights and on the same batches. Needs no network.",
+    demo = commands.add_parser("demo", help="train a small transformer with several optimizers and "
+                                            "compare them",
+                               description="Trains a small causal transformer on the text of "
+                                           "Python's help topics, once with each optimizer, from "
+                                           "the same weights and on the same batches. Needs no "
+                                           "network.",
                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     demo.add_argument("--optimizers", type=_names, default="lion,adamw", metavar="NAMES",
                       help=f"comma-separated, out of {','.join(CHOICES)} (adamw is Optax's)")
-    demo.add_argument("--steps", type=_positive, default=800, help="training steps with each optimizer")
+    demo.add_argument("--steps", type=_positive, default=800, help="training steps with each "
+                                                                   "optimizer")
     demo.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
-    demo.add_argument("--out", type=pathlib.Path, default=pathlib.Path("lionax-demo.png"), help="where to save the curves, as a PNG")
+    demo.add_argument("--out", type=pathlib.Path, default=pathlib.Path("lionax-demo.png"),
+                      help="where to save the curves, as a PNG")
     return parser
 
 
@@ -51,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     if not options.out.parent.is_dir():
-        sys.exit(f"lionax demo: --out {options.out}: the folder {options.out.parent} does not exist")
+        sys.exit(f"lionax demo: --out {options.out}: the folder {options.out.parent} does not "
+                 "exist")
     try:
         import flax  # noqa: F401
         import matplotlib  # noqa: F401
@@ -63,15 +71,21 @@ def _run(options: argparse.Namespace) -> int:
 
 def _demo(options: argparse.Namespace) -> int:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     from lionax.demo import report, text, training
 
     console = Console()
     corpus = text.load()
     txs = {name: training.optimizer(name, options.steps) for name in options.optimizers}
-    columns = (TextColumn("{task.description:>6}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-               TextColumn("{task.fields[loss]}"))
+    columns = (TextColumn("{task.description:>6}"), BarColumn(), MofNCompleteColumn(),
+               TimeRemainingColumn(), TextColumn("{task.fields[loss]}"))
     runs, milliseconds, status = [], {}, 0
     try:
         with Progress(*columns, console=console) as progress:
@@ -80,7 +94,8 @@ def _demo(options: argparse.Namespace) -> int:
                 for run in training.train(name, tx, corpus, options.steps, options.seed):
                     if run not in runs:
                         runs.append(run)
-                    progress.update(tasks[name], completed=run.steps[-1], loss=f"{run.validation[-1]:.3f} bits per character")
+                    progress.update(tasks[name], completed=run.steps[-1],
+                                    loss=f"{run.validation[-1]:.3f} bits per character")
         milliseconds = training.optimizer_milliseconds(txs, corpus)
     except KeyboardInterrupt:
         console.print("Interrupted: what was reached so far.")

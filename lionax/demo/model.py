@@ -28,7 +28,8 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """Predicts each next character from those before it."""
 
-    def __init__(self, vocabulary: int, length: int, width: int, heads: int, layers: int, rngs: nnx.Rngs):
+    def __init__(self, vocabulary: int, length: int, width: int, heads: int, layers: int,
+                 rngs: nnx.Rngs):
         self.tokens = nnx.Embed(vocabulary, width, rngs=rngs)
         self.positions = nnx.Embed(length, width, rngs=rngs)
         self.blocks = nnx.List([Block(width, heads, rngs) for _ in range(layers)])
@@ -46,4 +47,5 @@ class Transformer(nnx.Module):
 def bits_per_character(model: Transformer, batch: jax.Array) -> jax.Array:
     """Mean cross-entropy of the next character, in bits; ``batch`` is int32 [batch, length + 1]."""
     logits = model(batch[:, :-1])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean() / jnp.log(2.0)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:,
+                                                                         1:]).mean() / jnp.log(2.0)

@@ -19,12 +19,14 @@ class Text:
 
     @functools.cached_property
     def bigram_entropy(self) -> float:
-        """Entropy of a character given the one before it, in bits: what a perfect table of pairs could reach on this text."""
+        """Entropy of a character given the one before it, in bits: the best of a table of pairs."""
         whole = np.concatenate([self.train, self.validation])
         size = len(self.vocabulary)
-        pairs = np.bincount(whole[:-1] * size + whole[1:], minlength=size * size).reshape(size, size)
+        pairs = np.bincount(whole[:-1] * size + whole[1:],
+                            minlength=size * size).reshape(size, size)
         given = pairs / np.maximum(pairs.sum(axis=1, keepdims=True), 1)
-        return float(-np.sum(pairs * np.log2(given, where=given > 0, out=np.zeros_like(given))) / pairs.sum())
+        return float(-np.sum(pairs * np.log2(given, where=given > 0, out=np.zeros_like(given))) /
+                     pairs.sum())
 
     def batch(self, part: np.ndarray, size: int, length: int, seed: tuple[int, ...]) -> np.ndarray:
         """Random windows: int32 [size, length + 1]; the same for the same seed."""

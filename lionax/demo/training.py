@@ -18,7 +18,10 @@ import lionax
 from lionax.demo.model import Transformer, bits_per_character
 from lionax.demo.text import Text
 
-__all__ = ["BATCH", "LENGTH", "OPTIMIZERS", "Run", "initial", "optimizer", "optimizer_milliseconds", "recorded_sweep", "train"]
+__all__ = [
+    "BATCH", "LENGTH", "OPTIMIZERS", "Run", "initial", "optimizer", "optimizer_milliseconds",
+    "recorded_sweep", "train"
+]
 
 LENGTH, BATCH = 64, 32
 EVALUATE_EVERY, EVALUATION_BATCHES = 25, 12
@@ -26,25 +29,29 @@ WARM_UP = 0.1  # fraction of the steps
 
 NOT_DECAYED = lionax.not_matching("bias", "scale")
 OPTIMIZERS: dict[str, Callable[[optax.Schedule], optax.GradientTransformation]] = {
-    "lion": lambda rate: lionax.lion(rate, b1=0.9, b2=0.95, weight_decay=0.1, mask=NOT_DECAYED),  # a memory for a short run
-    "lamb": lambda rate: lionax.lamb(rate, weight_decay=0.01, mask=NOT_DECAYED, trust_mask=NOT_DECAYED),
+    "lion": lambda rate: lionax.lion(rate, b1=0.9, b2=0.95, weight_decay=0.1, mask=NOT_DECAYED
+                                     ),  # a memory for a short run
+    "lamb": lambda rate: lionax.lamb(rate, weight_decay=0.01, mask=NOT_DECAYED, trust_mask=
+                                     NOT_DECAYED),
     "sgd": lambda rate: lionax.sgd(rate, momentum=0.9, nesterov=True),
-    "adamw": lambda rate: optax.adamw(rate, weight_decay=0.01, mask=NOT_DECAYED),  # at home in a chain, too
+    "adamw": lambda rate: optax.adamw(rate, weight_decay=0.01, mask=NOT_DECAYED
+                                      ),  # at home in a chain, too
 }
 
 
 def recorded_sweep() -> dict[str, Any]:
-    """The learning rates that were tried and what each reached; made by ``python -m lionax.demo.sweep``."""
+    """The learning rates that ``python -m lionax.demo.sweep`` tried, and what each reached."""
     return json.loads(resources.files("lionax.demo").joinpath("sweep.json").read_text())
 
 
 def optimizer(name: str, steps: int, peak: float | None = None) -> lionax.Transformation:
-    """An optimizer with a warm-up and cosine decay to the peak learning rate that did best in the sweep, or to ``peak``."""
+    """An optimizer with a warm-up to ``peak``, or the best rate of the sweep, and cosine decay."""
     if peak is None:
         tried = recorded_sweep()["bits_per_character"][name]
         peak = float(min(tried, key=tried.get))
     warm_up = max(1, round(WARM_UP * steps))
-    rate = optax.warmup_cosine_decay_schedule(0.0, peak, warm_up, max(steps, warm_up + 1), 0.05 * peak)
+    rate = optax.warmup_cosine_decay_schedule(0.0, peak, warm_up, max(steps, warm_up + 1),
+                                              0.05 * peak)
     return lionax.chain(lionax.clip_by_global_norm(1.0), OPTIMIZERS[name](rate))
 
 
@@ -61,15 +68,17 @@ class Run:
 
 def initial(text: Text, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
     """The model's structure and its initial weights."""
-    model = Transformer(len(text.vocabulary), LENGTH, width=128, heads=4, layers=2, rngs=nnx.Rngs(seed))
+    model = Transformer(len(text.vocabulary), LENGTH, width=128, heads=4, layers=2,
+                        rngs=nnx.Rngs(seed))
     return nnx.split(model)
 
 
 def train(name: str, tx: lionax.Transformation, text: Text, steps: int, seed: int) -> Iterator[Run]:
-    """Trains; gives the growing record after every validation, so that who stops keeps what was reached."""
+    """Trains; yields the growing record after every validation, so that a user may stop."""
     graph, params = initial(text, seed)
     state = tx.init(params)
-    run = Run(name, sum(leaf.size for leaf in jax.tree.leaves(params)), sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+    run = Run(name, sum(leaf.size for leaf in jax.tree.leaves(params)),
+              sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
 
     def loss(params, batch):
         return bits_per_character(nnx.merge(graph, params), batch)
@@ -84,18 +93,23 @@ def train(name: str, tx: lionax.Transformation, text: Text, steps: int, seed: in
     def validate(params, batches):
         return jax.lax.map(lambda batch: loss(params, batch), batches).mean()
 
-    held_out = jnp.stack([text.batch(text.validation, BATCH, LENGTH, (seed, 1, i)) for i in range(EVALUATION_BATCHES)])
+    held_out = jnp.stack([
+        text.batch(text.validation, BATCH, LENGTH, (seed, 1, i)) for i in range(EVALUATION_BATCHES)
+    ])
     for step in range(steps + 1):
         if step % EVALUATE_EVERY == 0 or step == steps:
-            reached = float(validate(params, held_out))  # may be interrupted, and then leaves the record whole
+            reached = float(validate(
+                params, held_out))  # may be interrupted, and then leaves the record whole
             run.steps.append(step)
             run.validation.append(reached)
             yield run
         if step < steps:
-            params, state = train_step(params, state, text.batch(text.train, BATCH, LENGTH, (seed, 0, step)))
+            params, state = train_step(params, state,
+                                       text.batch(text.train, BATCH, LENGTH, (seed, 0, step)))
 
 
-def optimizer_milliseconds(txs: dict[str, lionax.Transformation], text: Text, repeats: int = 40) -> dict[str, float]:
+def optimizer_milliseconds(txs: dict[str, lionax.Transformation], text: Text,
+                           repeats: int = 40) -> dict[str, float]:
     """The median time of one optimizer step on the model's weights; the optimizers take turns."""
     _, params = initial(text, 0)
     grads = jax.tree.map(lambda p: 1e-3 * jnp.ones_like(p), params)

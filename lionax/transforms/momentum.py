@@ -1,17 +1,15 @@
 """Momentum as a decaying sum (`trace`) and as an average (`ema`)."""
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lionax import storage
-from lionax.hyperparameters import Scalar, scalar
-from lionax.rule import Rule, Step
-from lionax.storage import Storage
-from lionax.transformation import Transformation, constructor
+from lionax.core.hyperparameters import Scalar, scalar
+from lionax.core.rule import Applied, Rule, Step
+from lionax.core.storage import Storage, accumulator_dtype, zero_slot
+from lionax.core.transformation import Transformation, constructor
 
 __all__ = ["Ema", "EmaState", "Trace", "TraceState", "debiasing", "ema", "trace"]
 
@@ -19,7 +17,7 @@ __all__ = ["Ema", "EmaState", "Trace", "TraceState", "debiasing", "ema", "trace"
 class TraceState(NamedTuple):
     """The slots of `Trace`."""
 
-    trace: Any  # decaying sum of gradients; the parameter's shape; accumulator_dtype or the parameter's dtype
+    trace: Any  # decaying sum of gradients; the parameter's shape; accumulator_dtype or its dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,21 +32,22 @@ class Trace(Rule):
     def __post_init__(self):
         super().__post_init__()
         if self.nesterov and self.dampening != 0:
-            raise ValueError(f"trace: nesterov=True is not accepted with dampening={self.dampening!r}; give dampening=0.0")
+            raise ValueError("trace: nesterov=True is not accepted with "
+                             f"dampening={self.dampening!r}; give dampening=0.0")
 
     def init(self, param: jax.Array) -> TraceState:
-        return TraceState(trace=storage.zeros(param, self.accumulator_dtype))
+        return TraceState(trace=zero_slot(param, self.accumulator_dtype))
 
-    def apply(self, update: jax.Array, slots: TraceState, param: Any, step: Step) -> tuple[jax.Array, TraceState]:
-        damped = update
-        if not isinstance(self.dampening, float) or self.dampening != 0:
-            damped = jnp.where(step.count == 0, update, (1.0 - self.dampening) * update)
-        new = damped + self.decay * slots.trace
+    def apply(self, update: jax.Array, slots: TraceState, param: Any, step: Step) -> Applied:
+        is_plain = isinstance(self.dampening, float) and self.dampening == 0
+        factor = 1.0 if is_plain else jnp.where(step.count == 0, 1.0, 1.0 - self.dampening)
+        new = factor * update + self.decay * slots.trace
         return (update + self.decay * new if self.nesterov else new), TraceState(trace=new)
 
 
 @constructor
-def trace(decay: Scalar, nesterov: bool = False, accumulator_dtype: Storage = None, *, dampening: Scalar = 0.0) -> Transformation:
+def trace(decay: Scalar, nesterov: bool = False, accumulator_dtype: Storage = None, *,
+          dampening: Scalar = 0.0) -> Transformation:
     """Momentum: a decaying sum of gradients.
 
         t_n = decay·t_{n-1} + (1 - dampening)·g_n          (t_1 = g_1)
@@ -70,8 +69,7 @@ def trace(decay: Scalar, nesterov: bool = False, accumulator_dtype: Storage = No
     1.5
 
     References:
-      Polyak, Some Methods of Speeding Up the Convergence of Iteration Methods, 1964; Sutskever et al., On the Importance
-      of Initialization and Momentum in Deep Learning, 2013.
+      Sutskever et al., On the Importance of Initialization and Momentum in Deep Learning, 2013.
     """
     return Transformation.of(Trace(decay, bool(nesterov), accumulator_dtype, dampening))
 
@@ -79,7 +77,7 @@ def trace(decay: Scalar, nesterov: bool = False, accumulator_dtype: Storage = No
 class EmaState(NamedTuple):
     """The slots of `Ema`."""
 
-    ema: Any  # average of updates, not corrected for its zero start; the parameter's shape; accumulator_dtype
+    ema: Any  # average, not corrected for its zero start; the parameter's shape; accumulator_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,16 +91,16 @@ class Ema(Rule):
     def __post_init__(self):
         super().__post_init__()
         if self.debias and self.decay == 1:
-            raise ValueError("ema: decay=1.0 is not accepted with debias=True, which would divide 0 by 0; give a number in "
-                             "[0, 1), or debias=False")
+            raise ValueError("ema: decay=1.0 is not accepted with debias=True, which would divide "
+                             "0 by 0; give a number in [0, 1), or debias=False")
 
     def init(self, param: jax.Array) -> EmaState:
-        return EmaState(ema=storage.zeros(param, storage.accumulator(param, self.accumulator_dtype)))
+        return EmaState(ema=zero_slot(param, accumulator_dtype(param, self.accumulator_dtype)))
 
     def prepare(self, count: jax.Array, dtype: Any) -> jax.Array | None:
         return debiasing(self.decay, count + 1, dtype) if self.debias else None
 
-    def apply(self, update: jax.Array, slots: EmaState, param: Any, step: Step) -> tuple[jax.Array, EmaState]:
+    def apply(self, update: jax.Array, slots: EmaState, param: Any, step: Step) -> Applied:
         new = (1.0 - self.decay) * update + self.decay * slots.ema
         return (new * step.shared if self.debias else new), EmaState(ema=new)
 
@@ -111,13 +109,14 @@ class Ema(Rule):
 def ema(decay: Scalar, debias: bool = True, accumulator_dtype: Storage = None) -> Transformation:
     """An exponential moving average of the updates.
 
-        e_t = decay·e_{t-1} + (1 - decay)·u_t          u_t ← e_t / (1 - decay^t), or e_t without ``debias``
+        e_t = decay·e_{t-1} + (1 - decay)·u_t
+        u_t ← e_t / (1 - decay^t), or e_t without ``debias``
 
     Args:
       decay: in [0, 1], below 1 with ``debias``.
       debias: whether to correct for the start at zero.
-      accumulator_dtype: how the average is stored. None keeps at least float32, since an average in bfloat16 stands still
-        where a step adds less than one part in 256.
+      accumulator_dtype: how the average is stored; None for at least float32, since one in bfloat16
+        stands still where a step adds less than one part in 256.
 
     Raises:
       ValueError: for a value out of range.
@@ -133,7 +132,6 @@ def ema(decay: Scalar, debias: bool = True, accumulator_dtype: Storage = None) -
     return Transformation.of(Ema(decay, bool(debias), accumulator_dtype))
 
 
-@functools.partial(jax.jit, static_argnums=2)  # its power is rounded otherwise operation by operation
 def debiasing(decay: Scalar, count: jax.Array, dtype: Any) -> jax.Array:
-    """``1 / (1 - decay^count)``: what an average that began at zero is to be multiplied by."""
+    """``1 / (1 - decay^count)``: the factor that corrects an average for its start at zero."""
     return 1.0 / (1.0 - jnp.asarray(decay, dtype) ** count.astype(dtype))

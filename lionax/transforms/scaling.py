@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 
-from lionax.combining import identity
-from lionax.hyperparameters import Scalar, scalar
-from lionax.rule import Rule, Step
-from lionax.transformation import Transformation, constructor
+from lionax.core.hyperparameters import Scalar, scalar
+from lionax.core.rule import Applied, Rule, Step
+from lionax.core.transformation import Transformation, constructor
+from lionax.transforms.combining import identity
 
 __all__ = ["Scale", "ScaleByLearningRate", "scale", "scale_by_learning_rate", "scale_by_schedule"]
 
@@ -19,7 +19,7 @@ class Scale(Rule):
 
     step_size: Scalar = scalar()
 
-    def apply(self, update: jax.Array, slots: Any, param: Any, step: Step) -> tuple[jax.Array, Any]:
+    def apply(self, update: jax.Array, slots: Any, param: Any, step: Step) -> Applied:
         return self.step_size * update, slots
 
 
@@ -42,26 +42,22 @@ def scale(step_size: Scalar) -> Transformation:
 class ScaleByLearningRate(Rule):
     """The rule of `scale_by_learning_rate`."""
 
-    learning_rate: Scalar = scalar(low=0, recorded=True, remedy="to ascend, give flip_sign=False to scale_by_learning_rate")
+    learning_rate: Scalar = scalar(low=0, recorded=True, remedy="to ascend, give flip_sign=False")
     flip_sign: bool = True
 
-    def apply(self, update: jax.Array, slots: Any, param: Any, step: Step) -> tuple[jax.Array, Any]:
-        return (-1 * self.learning_rate if self.flip_sign else self.learning_rate) * update, slots
+    def apply(self, update: jax.Array, slots: Any, param: Any, step: Step) -> Applied:
+        return (-self.learning_rate if self.flip_sign else self.learning_rate) * update, slots
 
 
 @constructor
 def scale_by_learning_rate(learning_rate: Scalar, *, flip_sign: bool = True) -> Transformation:
-    """Multiplies by the learning rate and turns the direction downhill: ``u ← -learning_rate·u``.
+    """Multiplies by the learning rate and turns downhill: ``u ← -learning_rate·u``.
 
-    The state holds the rate of the last step (`get_hyperparams`), whether it is a number, a schedule or injected, and lets it be
-    assigned (`set_hyperparams`).
+    The state holds the rate of the last step: see `get_hyperparams` and `set_hyperparams`.
 
     Args:
-      learning_rate: at least 0; None leaves the update as it is.
+      learning_rate: at least 0, else a ValueError; None leaves the update as it is.
       flip_sign: False to go uphill.
-
-    Raises:
-      ValueError: for a negative number.
 
     >>> import jax.numpy as jnp, lionax
     >>> tx = lionax.scale_by_learning_rate(0.5)
@@ -75,7 +71,7 @@ def scale_by_learning_rate(learning_rate: Scalar, *, flip_sign: bool = True) -> 
 
 @constructor
 def scale_by_schedule(step_size_fn: Scalar) -> Transformation:
-    """Multiplies by a function of the step: ``u_t ← step_size_fn(t)·u_t``, where the first step is 0.
+    """Multiplies by a function of the step: ``u_t ← step_size_fn(t)·u_t``, from ``t = 0`` on.
 
     Args:
       step_size_fn: step -> value, such as Optax's schedules; a factor of -1 is the caller's.
@@ -90,6 +86,6 @@ def scale_by_schedule(step_size_fn: Scalar) -> Transformation:
     3.0
     """
     if not callable(step_size_fn):
-        raise TypeError(f"scale_by_schedule: step_size_fn={step_size_fn!r} is not a function of the step; "
-                        "for a constant, use scale")
+        raise TypeError(f"scale_by_schedule: step_size_fn={step_size_fn!r} is not a function of "
+                        "the step; for a constant, use scale")
     return Transformation.of(Scale(step_size_fn))

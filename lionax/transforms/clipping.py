@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lionax.hyperparameters import Scalar, scalar
-from lionax.rule import Rule, Step
-from lionax.transformation import Transformation, constructor
+from lionax.core.hyperparameters import Scalar, scalar
+from lionax.core.rule import Applied, Rule, Step
+from lionax.core.transformation import Transformation, constructor
 
 __all__ = ["Clip", "ClipByGlobalNorm", "ClipByNorm", "clip", "clip_by_global_norm", "clip_by_norm"]
 
@@ -19,7 +19,7 @@ class Clip(Rule):
 
     max_delta: Scalar = scalar(low=0)
 
-    def apply(self, update: jax.Array, slots: Any, param: Any, step: Step) -> tuple[jax.Array, Any]:
+    def apply(self, update: jax.Array, slots: Any, param: Any, step: Step) -> Applied:
         return jnp.clip(update, -self.max_delta, self.max_delta), slots
 
 
@@ -28,10 +28,7 @@ def clip(max_delta: Scalar) -> Transformation:
     """Limits every element: ``u ← min(max(u, -max_delta), max_delta)``. NaN stays NaN.
 
     Args:
-      max_delta: at least 0.
-
-    Raises:
-      ValueError: for a negative value.
+      max_delta: at least 0, else a ValueError.
 
     >>> import jax.numpy as jnp, lionax
     >>> tx = lionax.clip(1.0)
@@ -46,16 +43,17 @@ class ClipByNorm(Rule):
     """The rule of `clip_by_norm`."""
 
     scope: ClassVar = "leaf"
+    norms_of: ClassVar = ("update",)
 
     max_norm: Scalar = scalar(low=0)
 
-    def measure(self, update: jax.Array, param: Any) -> tuple[jax.Array, ...]:
-        return (update,)
-
-    def apply(self, update: jax.Array, slots: Any, param: Any, step: Step) -> tuple[jax.Array, Any]:
+    def apply(self, update: jax.Array, slots: Any, param: Any, step: Step) -> Applied:
         (norm,) = step.norms
-        # A NaN norm fails the comparison and so reaches every element: silence would hide it.
-        return jnp.where(norm <= self.max_norm, update, (update / norm) * self.max_norm), slots
+        # One division a leaf: of a choice XLA would make one for each element. It is 1 up to the
+        # limit, NaN for a norm of NaN, and has a derivative at a norm of 0.
+        numbers = jnp.finfo(norm.dtype)
+        limit = jnp.minimum(jnp.asarray(self.max_norm, norm.dtype), numbers.max)
+        return update * (limit / jnp.maximum(norm, jnp.maximum(limit, numbers.tiny))), slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,15 +65,12 @@ class ClipByGlobalNorm(ClipByNorm):
 
 @constructor
 def clip_by_norm(max_norm: Scalar) -> Transformation:
-    """Limits the Euclidean norm of each leaf: ``u ← u·max_norm / ‖u‖`` where ``‖u‖ > max_norm``.
+    """Limits the norm of each leaf: ``u ← u·max_norm / max(‖u‖, max_norm)``.
 
-    Keras calls it ``clipnorm``. Norms as in `clip_by_global_norm`.
+    Keras calls it ``clipnorm``. Norms are those of `clip_by_global_norm`.
 
     Args:
-      max_norm: at least 0.
-
-    Raises:
-      ValueError: for a negative value.
+      max_norm: at least 0, else a ValueError.
 
     >>> import jax.numpy as jnp, lionax
     >>> tx = lionax.clip_by_norm(1.0)
@@ -87,18 +82,15 @@ def clip_by_norm(max_norm: Scalar) -> Transformation:
 
 @constructor
 def clip_by_global_norm(max_norm: Scalar) -> Transformation:
-    """Limits the Euclidean norm of all leaves together: ``u ← u·max_norm / ‖u‖`` where ``‖u‖ > max_norm``.
+    """Limits the norm of all leaves together: ``u ← u·max_norm / max(‖u‖, max_norm)``.
 
-    The norm is summed in float32 (float64 for float64 leaves), pairwise over leaves, without overflow or underflow. It is
-    that of the whole tree on a mesh too: inside ``shard_map`` the sum runs over the mesh axes on which a leaf varies (which
-    JAX knows unless ``check_vma=False``).
-    A gradient with NaN or an infinite element has a norm of NaN or infinity, and its update is NaN or 0; leave such steps out.
+    The Euclidean norm is summed in float32, for float64 leaves in float64, without overflow or
+    underflow. On a mesh it is that of the whole tree: inside ``shard_map`` the sum runs over the
+    axes on which a leaf varies, which JAX knows unless ``check_vma=False``. With a NaN all updates
+    are NaN; with an inf it becomes NaN and the others 0. `skip_nonfinite` leaves such steps out.
 
     Args:
-      max_norm: at least 0.
-
-    Raises:
-      ValueError: for a negative value.
+      max_norm: at least 0, else a ValueError.
 
     >>> import jax.numpy as jnp, lionax
     >>> tx, grads = lionax.clip_by_global_norm(1.0), {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
@@ -106,6 +98,6 @@ def clip_by_global_norm(max_norm: Scalar) -> Transformation:
     [0.6, 0.8]
 
     References:
-      Pascanu et al., On the Difficulty of Training Recurrent Neural Networks, 2013, arXiv:1211.5063.
+      Pascanu et al., On the Difficulty of Training Recurrent Networks, 2013, arXiv:1211.5063.
     """
     return Transformation.of(ClipByGlobalNorm(max_norm))

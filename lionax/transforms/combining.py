@@ -1,4 +1,4 @@
-"""Transformations made of transformations: chains, masks, partitions, and foreign ones."""
+"""Transformations made of transformations: chains, masks and partitions."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -8,31 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lionax.layout import Combination, Leaves, Member, TreeWide
-from lionax.masks import Mask, freeze
-from lionax.rule import Definition, Rule, Step
-from lionax.transformation import Transformation, constructor
+from lionax.core.definition import Combination, Foreign, Member
+from lionax.core.rule import Applied, Definition, Rule, Step
+from lionax.core.transformation import Transformation, constructor
+from lionax.core.tree import Leaves, Mask, freeze
 
-__all__ = ["Chain", "Foreign", "Identity", "Masked", "NamedChain", "Partition", "SetToZero", "chain", "identity", "masked",
-           "named_chain", "partition", "restrict", "set_to_zero"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Foreign(TreeWide):
-    """An Optax transformation, as part of a lionax one. It sees its leaves only, in the gradients' dtypes."""
-
-    tx: optax.GradientTransformation
-
-    @property
-    def name(self) -> str:
-        return getattr(self.tx.update, "__qualname__", repr(self.tx)).removesuffix(".<locals>.update_fn")
-
-    def init(self, params: Any) -> Any:
-        return self.tx.init(params)
-
-    def update(self, updates: Any, state: Any, params: Any, extra: Mapping[str, Any]) -> tuple[Any, Any]:
-        """The new updates and the new state."""
-        return optax.with_extra_args_support(self.tx).update(updates, state, params, **extra)
+__all__ = ["Chain", "Identity", "Masked", "NamedChain", "Partition", "SetToZero", "chain",
+           "definition_of", "identity", "masked", "named_chain", "partition", "restrict",
+           "set_to_zero"]
 
 
 def definition_of(tx: Any, owner: str) -> Definition:
@@ -41,11 +24,8 @@ def definition_of(tx: Any, owner: str) -> Definition:
         return tx.definition
     if callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None)):
         return Foreign(tx)
-    raise TypeError(f"{owner}: {tx!r} is not a gradient transformation; give what a constructor such as lionax.lion(1e-3) or "
-                    "optax.scale(-1.0) returns")
-
-
-# Chains.
+    raise TypeError(f"{owner}: {tx!r} is not a gradient transformation; give what a constructor "
+                    "such as lionax.lion(1e-3) or optax.scale(-1.0) returns")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +35,7 @@ class Chain(Combination):
     parts: tuple[Definition, ...]
 
     def members(self, leaves: Leaves) -> list[Member]:
-        return [Member(part, leaves.all) for part in self.parts]
+        return [Member(part, [True] * len(leaves.values)) for part in self.parts]
 
     def pack(self, states: list[Any]) -> Any:
         return tuple(states)
@@ -68,12 +48,11 @@ class Chain(Combination):
 def chain(*transformations: optax.GradientTransformation) -> Transformation:
     """Applies transformations one after the other.
 
-    The chain of chains is one flat chain, so chaining is associative: ``chain(a, chain(b, c)) == chain(chain(a, b), c)``;
-    `identity` is left out, the chain of one is that one, and of none `identity`. Consecutive rules share a sweep over
-    memory, see `plan`.
+    A chain of chains is one flat chain, so that chaining is associative. `identity` is left out.
+    The chain of one is that one, the chain of none `identity`.
 
     Args:
-      *transformations: lionax's or Optax's. Extra arguments of ``update`` reach those that take them.
+      *transformations: lionax's or Optax's. Extra arguments reach those that take them.
 
     Raises:
       TypeError: for what is not a transformation.
@@ -88,8 +67,11 @@ def chain(*transformations: optax.GradientTransformation) -> Transformation:
     parts: list[Definition] = []
     for tx in transformations:
         definition = definition_of(tx, "chain")
-        parts += definition.parts if isinstance(definition, Chain) else () if definition == Identity() else (definition,)
-    return Transformation.of(parts[0] if len(parts) == 1 else Chain(tuple(parts)) if parts else Identity())
+        if definition != Identity():
+            parts += definition.parts if isinstance(definition, Chain) else (definition,)
+    if not parts:
+        return identity()
+    return Transformation.of(parts[0] if len(parts) == 1 else Chain(tuple(parts)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,13 +81,13 @@ class NamedChain(Combination):
     parts: tuple[tuple[str, Definition], ...]
 
     def members(self, leaves: Leaves) -> list[Member]:
-        return [Member(part, leaves.all, name) for name, part in self.parts]
+        return [Member(part, [True] * len(leaves.values), name) for name, part in self.parts]
 
     def pack(self, states: list[Any]) -> Any:
-        return {name: state for (name, _), state in zip(self.parts, states, strict=True)}
+        return dict(zip(dict(self.parts), states, strict=True))
 
     def unpack(self, state: Any) -> Sequence[Any]:
-        return [state[name] for name, _ in self.parts]
+        return [state[name] for name in dict(self.parts)]
 
 
 @constructor
@@ -127,15 +109,12 @@ def named_chain(*transformations: tuple[str, optax.GradientTransformation]) -> T
     parts: dict[str, Definition] = {}
     for pair in transformations:
         if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], str):
-            raise TypeError(f"named_chain: {pair!r} is not a pair of a name and a transformation, such as "
-                            "('clip', lionax.clip(1.0))")
+            raise TypeError(f"named_chain: {pair!r} is not a pair of a name and a transformation, "
+                            "such as ('clip', lionax.clip(1.0))")
         if pair[0] in parts:
             raise ValueError(f"named_chain: the name {pair[0]!r} is given twice")
         parts[pair[0]] = definition_of(pair[1], "named_chain")
     return Transformation.of(NamedChain(tuple(parts.items())))
-
-
-# Some of the leaves.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +122,7 @@ class Masked(Combination):
     """A definition that acts on the leaves of a mask. Its state is that of the definition."""
 
     part: Definition
-    mask: Any  # as `lionax.masks.freeze` gives it
+    mask: Any  # as `lionax.core.tree.freeze` gives it
     owner: str = "masked"  # for error messages
 
     def members(self, leaves: Leaves) -> list[Member]:
@@ -158,20 +137,23 @@ class Masked(Combination):
 
 def restrict(rule: Rule, mask: Mask, owner: str) -> Transformation:
     """A rule with a mask argument; None for all leaves."""
-    return Transformation.of(rule if mask is None else Masked(rule, freeze(mask, bool, owner, "mask"), owner))
+    if mask is None:
+        return Transformation.of(rule)
+    return Transformation.of(Masked(rule, freeze(mask, bool, owner, "mask"), owner))
 
 
 @constructor
 def masked(inner: optax.GradientTransformation, mask: Mask) -> Transformation:
     """Applies a transformation to some of the leaves only.
 
-    The other leaves keep their update as it comes: ``masked(lion(1e-3), mask)`` alone therefore *adds the raw gradient* to
-    them. To train some leaves and freeze the others, use ``partition({"train": lion(1e-3), "freeze": set_to_zero()}, labels)``.
+    The others keep their update: ``masked(lion(1e-3), mask)`` alone *adds the raw gradient* there.
+    To freeze them use ``partition({"train": lion(1e-3), "freeze": set_to_zero()}, labels)``.
 
     Args:
       inner: lionax's or Optax's.
-      mask: the leaves that it acts on: a tree of bools with the parameters' structure or a prefix of it (matched by path,
-        so the kind of container does not matter), a function that makes one from the parameters, or `matching`.
+      mask: the leaves that it acts on: a tree of bools with the parameters' structure or a prefix
+        of it (matched by path, whatever the container), a function that makes one from the
+        parameters, or `matching`.
 
     Raises:
       TypeError: for a mask of strings or of anything but bools.
@@ -183,59 +165,56 @@ def masked(inner: optax.GradientTransformation, mask: Mask) -> Transformation:
     >>> {name: float(u) for name, u in tx.update(grads, tx.init(grads))[0].items()}
     {'bias': -1.0, 'kernel': 1.0}
     """
-    return Transformation.of(Masked(definition_of(inner, "masked"), freeze(mask, bool, "masked", "mask")))
+    return Transformation.of(
+        Masked(definition_of(inner, "masked"), freeze(mask, bool, "masked", "mask")))
 
 
 @dataclasses.dataclass(frozen=True)
-class Partition(Combination):
+class Partition(NamedChain):
     """A definition for each label. Its state is a dict by label."""
 
-    parts: tuple[tuple[str, Definition], ...]
-    labels: Any  # as `lionax.masks.freeze` gives it
+    labels: Any  # as `lionax.core.tree.freeze` gives it
 
     def members(self, leaves: Leaves) -> list[Member]:
         chosen = leaves.select(self.labels, str, "partition", "param_labels")
         known = [label for label, _ in self.parts]
         for path, label in zip(leaves.paths, chosen, strict=True):
             if label is not None and label not in known:
-                raise ValueError(f"partition: the leaf {path!r} has the label {label!r}, for which there is no transformation; "
-                                 f"there are {known}")
-        return [Member(part, [label == given for given in chosen], label) for label, part in self.parts]
-
-    def pack(self, states: list[Any]) -> Any:
-        return {label: state for (label, _), state in zip(self.parts, states, strict=True)}
-
-    def unpack(self, state: Any) -> Sequence[Any]:
-        return [state[label] for label, _ in self.parts]
+                raise ValueError(f"partition: the leaf {path!r} has the label {label!r}, for which "
+                                 f"there is no transformation; there are {known}")
+        return [Member(part, [label == given for given in chosen], label)
+                for label, part in self.parts]
 
 
 @constructor
-def partition(transforms: Mapping[str, optax.GradientTransformation], param_labels: Any) -> Transformation:
+def partition(transforms: Mapping[str, optax.GradientTransformation],
+              param_labels: Any) -> Transformation:
     """Applies another transformation to each group of leaves.
 
     Args:
       transforms: label -> transformation, lionax's or Optax's.
-      param_labels: a tree of labels with the parameters' structure or a prefix of it (matched by path), or a function that
-        makes one from the parameters.
+      param_labels: a tree of labels with the parameters' structure or a prefix of it (matched by
+        path), or a function that makes one from the parameters.
 
     Raises:
       TypeError: for labels that are not strings.
-      ValueError: where it is used, for a label without a transformation or a tree that does not fit the parameters.
+      ValueError: where it is used, for a label without a transformation, or a tree without fit.
 
     >>> import jax.numpy as jnp, lionax
-    >>> tx = lionax.partition({"train": lionax.sgd(0.5), "freeze": lionax.set_to_zero()}, {"w": "train", "b": "freeze"})
+    >>> transforms = {"train": lionax.sgd(0.5), "freeze": lionax.set_to_zero()}
+    >>> tx = lionax.partition(transforms, {"w": "train", "b": "freeze"})
     >>> params = {"w": jnp.array(2.0), "b": jnp.array(2.0)}
     >>> params, _ = tx.step(params, tx.init(params), {"w": jnp.array(1.0), "b": jnp.array(1.0)})
     >>> {name: float(p) for name, p in sorted(params.items())}
     {'b': 2.0, 'w': 1.5}
     """
-    if not isinstance(transforms, Mapping) or not all(isinstance(label, str) for label in transforms):
-        raise TypeError(f"partition: transforms={transforms!r} is not a mapping from labels (strings) to transformations")
-    parts = tuple((label, definition_of(tx, "partition")) for label, tx in sorted(transforms.items()))
-    return Transformation.of(Partition(parts, freeze(param_labels, str, "partition", "param_labels")))
-
-
-# The two that do nothing, and nothing at all.
+    are_labels = isinstance(transforms, Mapping) and all(isinstance(x, str) for x in transforms)
+    if not are_labels:
+        raise TypeError(f"partition: transforms={transforms!r} is not a mapping from labels "
+                        "(strings) to transformations")
+    parts = {label: definition_of(transforms[label], "partition") for label in sorted(transforms)}
+    labels = freeze(param_labels, str, "partition", "param_labels")
+    return Transformation.of(Partition(tuple(parts.items()), labels))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +223,7 @@ class Identity(Rule):
 
     any_dtype = True
 
-    def apply(self, update: jax.Array, slots: Any, param: Any, step: Step) -> tuple[jax.Array, Any]:
+    def apply(self, update: jax.Array, slots: Any, param: Any, step: Step) -> Applied:
         return update, slots
 
 
@@ -266,7 +245,7 @@ class SetToZero(Rule):
 
     any_dtype = True
 
-    def apply(self, update: jax.Array, slots: Any, param: Any, step: Step) -> tuple[jax.Array, Any]:
+    def apply(self, update: jax.Array, slots: Any, param: Any, step: Step) -> Applied:
         return jnp.zeros_like(update), slots
 
 

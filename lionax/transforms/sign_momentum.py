@@ -1,16 +1,15 @@
 """Lion's part: the sign of an interpolated momentum."""
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lionax import storage
-from lionax.hyperparameters import Scalar, scalar
-from lionax.rule import Rule, Step
-from lionax.storage import Storage
-from lionax.transformation import Transformation, constructor
+from lionax.core.hyperparameters import Scalar, scalar
+from lionax.core.rule import Applied, Rule, Step
+from lionax.core.storage import Storage, zero_slot
+from lionax.core.transformation import Transformation, constructor
 
 __all__ = ["ScaleByLion", "ScaleByLionState", "scale_by_lion"]
 
@@ -25,17 +24,15 @@ class ScaleByLionState(NamedTuple):
 class ScaleByLion(Rule):
     """The rule of `scale_by_lion`."""
 
-    update_reads_old_slots: ClassVar = True
-
     b1: Scalar = scalar(0.9, low=0, high=1)
     b2: Scalar = scalar(0.99, low=0, high=1)
     mu_dtype: Storage = None
 
     def init(self, param: jax.Array) -> ScaleByLionState:
-        return ScaleByLionState(mu=storage.zeros(param, self.mu_dtype))
+        return ScaleByLionState(mu=zero_slot(param, self.mu_dtype))
 
-    def apply(self, update: jax.Array, slots: ScaleByLionState, param: Any, step: Step) -> tuple[jax.Array, ScaleByLionState]:
-        # The operands stand in Optax's order: the compiler then rounds both alike, and a sign is not lost to the last bit.
+    def apply(self, update: jax.Array, slots: ScaleByLionState, param: Any, step: Step) -> Applied:
+        # In Optax's order: XLA then rounds both alike, and no sign is lost to the last bit.
         direction = jnp.sign((1.0 - self.b1) * update + self.b1 * slots.mu)
         return direction, ScaleByLionState(mu=(1.0 - self.b2) * update + self.b2 * slots.mu)
 
@@ -47,7 +44,7 @@ def scale_by_lion(b1: Scalar = 0.9, b2: Scalar = 0.99, mu_dtype: Storage = None)
         u_t = sign(b1·m_{t-1} + (1 - b1)·g_t)
         m_t = b2·m_{t-1} + (1 - b2)·g_t
 
-    where ``sign(0) = 0``. The result has elements -1, 0 and 1, so it does not depend on the scale of the gradient.
+    where ``sign(0) = 0``. The result does not depend on the scale of the gradient.
 
     Args:
       b1: the momentum's weight in the sign, in [0, 1].
@@ -64,6 +61,6 @@ def scale_by_lion(b1: Scalar = 0.9, b2: Scalar = 0.99, mu_dtype: Storage = None)
     [1.0, 0.0, -1.0]
 
     References:
-      Chen et al., Symbolic Discovery of Optimization Algorithms, 2023, arXiv:2302.06675, algorithm 2.
+      Chen et al., Symbolic Discovery of Optimization Algorithms, 2023, arXiv:2302.06675.
     """
     return Transformation.of(ScaleByLion(b1, b2, mu_dtype))

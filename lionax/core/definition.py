@@ -1,0 +1,113 @@
+"""Definitions made of definitions: combinations, Optax's transformations, conditionals."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import optax
+
+from lionax.core import norms
+from lionax.core.rule import Definition
+from lionax.core.tree import Leaves, present_arrays
+
+__all__ = ["Combination", "Conditional", "Foreign", "Member", "TreeWide", "nested"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A part of a combination."""
+
+    definition: Definition
+    acts_on: Sequence[bool]  # for each leaf
+    name: str = ""  # qualifies the names of its hyperparameters
+
+
+class Combination(Definition):
+    """A definition made of others, each of which acts on some of the leaves."""
+
+    def members(self, leaves: Leaves) -> list[Member]:
+        """The parts, in the order in which they run."""
+        raise NotImplementedError
+
+    def pack(self, states: list[Any]) -> Any:
+        """The state of the combination, from those of its members."""
+        raise NotImplementedError
+
+    def unpack(self, state: Any) -> Sequence[Any]:
+        """The states of the members; TypeError or KeyError for a state of another form."""
+        raise NotImplementedError
+
+
+class TreeWide(Definition):
+    """A definition that sees the whole tree at once."""
+
+    def init(self, params: Any) -> Any:
+        """The state for a parameter tree."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Foreign(TreeWide):
+    """An Optax transformation. It sees its leaves only, in the gradients' dtypes."""
+
+    tx: optax.GradientTransformation
+
+    @property
+    def name(self) -> str:
+        name = getattr(self.tx.update, "__qualname__", repr(self.tx))
+        return name.removesuffix(".<locals>.update_fn")
+
+    def init(self, params: Any) -> Any:
+        return self.tx.init(params)
+
+    def update(self, updates: Any, state: Any, params: Any,
+               extra: Mapping[str, Any]) -> tuple[Any, Any]:
+        """The new updates and the new state."""
+        return optax.with_extra_args_support(self.tx).update(updates, state, params, **extra)
+
+
+class Conditional(TreeWide):
+    """A definition that runs an inner one in some steps only.
+
+    Its state is a NamedTuple whose field ``inner`` is the state of the inner definition. In a step
+    the engine calls `open`. In the branch of a due call it calls `accepts` and, in a branch of its
+    own if that holds, runs the inner definition with `inner_updates`. Then it calls `close`, which
+    changes scalars only.
+    """
+
+    inner: Definition
+    arguments: ClassVar[tuple[str, ...]] = ()  # the extra arguments that it takes from its caller
+
+    def open(self, updates: Any, state: Any,
+             extra: Mapping[str, Any]) -> tuple[Any, Any]:
+        """The state with these updates taken in, and whether the call is due."""
+        return state, True
+
+    def inner_updates(self, updates: Any, state: Any) -> Any:
+        """What the inner definition gets, from the updates and the state of `open`."""
+        return updates
+
+    def accepts(self, updates: Any, state: Any) -> jax.Array:
+        """Whether the inner definition runs, from the updates and the state of `open`."""
+        return norms.all_finite(present_arrays(updates))
+
+    def close(self, updates: Any, state: Any, due: Any, accepted: jax.Array) -> Any:
+        """The state after the call; ``accepted`` is False where the call was not due."""
+        raise NotImplementedError
+
+    def poisons(self, state: Any) -> jax.Array | bool:
+        """Whether the updates are NaN in this call, by the state of `close`."""
+        return False
+
+
+def nested(definition: Any) -> Iterator[Definition]:
+    """A definition and all the definitions in it."""
+    if isinstance(definition, Definition):
+        yield definition
+    if isinstance(definition, tuple):
+        for item in definition:
+            yield from nested(item)
+    elif isinstance(definition, Definition) and dataclasses.is_dataclass(definition):
+        for field in dataclasses.fields(definition):
+            yield from nested(getattr(definition, field.name))

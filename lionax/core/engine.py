@@ -1,0 +1,265 @@
+"""How a definition runs over a tree.
+
+`lionax.core.layout` lays a definition out as a list of stages. `transform` carries the updates of
+all leaves through them: in each sweep a norm over the tree is taken first, if the sweep needs one,
+and then each leaf goes through all stages of the sweep in the compute dtype.
+
+A stage on one leaf is a function of that leaf's arrays, under ``jax.jit`` with a static rule. So a
+trace holds one function for all leaves of a shape, and outside of ``jit`` a shape compiles once.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+
+from lionax.core import norms, storage
+from lionax.core.definition import Conditional
+from lionax.core.layout import Layout, Stage, sweeps
+from lionax.core.rule import Definition, Observer, Step
+from lionax.core.settings import Settings, StaticRule
+from lionax.core.state import State, slots_of_leaves, trees_of_slots
+from lionax.core.tree import Leaves, check_structures, is_placeholder
+from lionax.core.varying import varying_like_result
+
+__all__ = ["step", "update"]
+
+
+def update(definition: Definition, grads: Any, state: State, params: Any,
+           extra: dict[str, Any]) -> tuple[Any, State]:
+    """The updates, in the gradients' dtypes, and the new state."""
+    run = Run(definition, grads, state, params, extra)
+    transform(run, run.stages)
+    return run.grads.treedef.unflatten(run.rounded_updates()), run.state()
+
+
+def step(definition: Definition, params: Any, state: State, grads: Any,
+         extra: dict[str, Any]) -> tuple[Any, State]:
+    """The new parameters and the new state."""
+    run = Run(definition, grads, state, params, extra)
+    stages, observers = _split_observers(run.stages)
+    if not stages or not isinstance(stages[-1].rule, Conditional):
+        transform(run, run.stages)
+        run.write()
+    else:
+        transform(run, stages[:-1])
+        run.conditionally(stages[-1], writes=True)
+        run.updates = [jnp.zeros_like(param) if here else None
+                       for param, here in zip(run.param, run.grads.present, strict=True)]
+        transform(run, observers)
+        run.write()
+    return run.grads.treedef.unflatten(run.param), run.state()
+
+
+def _split_observers(stages: Sequence[Stage]) -> tuple[list[Stage], list[Stage]]:
+    """The stages that make updates, and the observers behind all of these that share a leaf."""
+    others, observers = [], []
+    for stage in reversed(stages):
+        changed_later = any(a and b for later in others
+                            for a, b in zip(stage.chosen, later.chosen, strict=True))
+        is_last = isinstance(stage.rule, Observer) and not changed_later
+        (observers if is_last else others).insert(0, stage)
+    return others, observers
+
+
+def transform(run: "Run", stages: Sequence[Stage]) -> None:
+    """Carries the updates of all leaves through consecutive stages."""
+    for sweep in sweeps(stages):
+        first = sweep[0]
+        if isinstance(first.rule, Conditional):
+            run.conditionally(first, writes=False)
+        elif first.is_tree_wide:
+            run.foreign(first)
+        else:
+            tree_norms = run.tree_norms(first)
+            for leaf in range(len(run.updates)):
+                for stage in sweep:
+                    if stage.active[leaf]:
+                        run.apply(stage, leaf, tree_norms if stage is first else ())
+
+
+class Run:
+    """One step: the stages of a definition, and the arrays of every leaf."""
+
+    def __init__(self, definition: Definition, grads: Any, state: State, params: Any,
+                 extra: dict[str, Any]):
+        if not isinstance(state, State):
+            raise TypeError(f"the state is a {type(state).__name__}, not a lionax State; make it "
+                            "with tx.init(params)")
+        self.extra, self.count = extra, state.count
+        self.grads = Leaves.of(grads, params)
+        self.params = None if params is None else Leaves.of(params, params)
+        if self.params is not None:
+            check_structures(self.grads, self.params)
+        self.updates: list[Any] = list(self.grads.values)
+        absent = [None] * len(self.updates)
+        self.param: list[Any] = absent if self.params is None else list(self.params.values)
+        self.layout = Layout.of(definition, self.grads)
+        self.stages = [self._seeing_params(stage) for stage in self.layout.stages]
+        self.settings = Settings(self.stages, state.count, state.hyperparameters)
+        states = self.layout.unpack(state.rules)
+        self.slots = [old if stage.is_tree_wide else slots_of_leaves(old, stage, self.grads)
+                      for stage, old in zip(self.stages, states, strict=True)]
+        self.bound: dict[Any, Any] = {}
+
+    def _seeing_params(self, stage: Stage) -> Stage:
+        """The stage; an observer acts on parameters, whether they have a gradient or not."""
+        if not isinstance(stage.rule, Observer) or self.params is None:
+            return stage
+        pairs = zip(stage.chosen, self.param, strict=True)
+        active = tuple(chosen and not is_placeholder(param) for chosen, param in pairs)
+        return dataclasses.replace(stage, active=active)
+
+    def state(self) -> State:
+        """The new state."""
+        rules = [slots if stage.is_tree_wide else trees_of_slots(slots, stage, self.grads)
+                 for stage, slots in zip(self.stages, self.slots, strict=True)]
+        count = jnp.asarray(optax.safe_increment(self.count))
+        return State(count, self.settings.record(), self.layout.pack(iter(rules)))
+
+    def write(self) -> None:
+        """Adds the updates to the parameters."""
+        self.param = list(map(storage.add, self.param, self.updates))
+
+    def rounded_updates(self) -> list[Any]:
+        """The updates in the gradients' dtypes, as the caller and Optax's parts see them."""
+        columns = zip(self.updates, self.grads.values, self.grads.present, strict=True)
+        return [new.astype(old.dtype) if here else new for new, old, here in columns]
+
+    def tree_norms(self, stage: Stage) -> tuple[jax.Array, ...]:
+        """The norms over the tree that a stage needs."""
+        if stage.rule.scope != "tree":
+            return ()
+        leaves = [leaf for leaf, is_active in enumerate(stage.active) if is_active]
+        for leaf in leaves:
+            self._check(stage, leaf)
+        arrays = {"update": self.updates, "param": self.param}
+        return tuple(norms.joint_norm([arrays[name][leaf] for leaf in leaves])
+                     for name in stage.rule.norms_of)
+
+    def apply(self, stage: Stage, leaf: int, tree_norms: tuple[jax.Array, ...]) -> None:
+        """Applies a rule to one leaf."""
+        self._check(stage, leaf)
+        update, param, slots = self.updates[leaf], self.param[leaf], self.slots[stage.index]
+        static, operands, shared = self._bind(stage, self._dtype(leaf))
+        self.updates[leaf], slots[leaf] = _apply(
+            static, operands, update, slots[leaf], param, self.count, tree_norms, shared)
+
+    def _dtype(self, leaf: int) -> np.dtype:
+        """The dtype of arithmetic on a leaf."""
+        arrays = (self.grads.values[leaf], self.param[leaf])
+        return storage.compute_dtype(*(array for array in arrays if not is_placeholder(array)))
+
+    def _bind(self, stage: Stage, dtype: np.dtype) -> tuple[StaticRule, dict[str, jax.Array], Any]:
+        """A rule for arithmetic in a dtype: the static part, its operands, what leaves share."""
+        key = (stage.index, dtype)
+        if key not in self.bound:
+            operands = self.settings.operands(stage, dtype)
+            static = StaticRule.of(stage.rule, dtype, tuple(operands))
+            self.bound[key] = static, operands, _prepare(static, operands, self.count)
+        return self.bound[key]
+
+    def _check(self, stage: Stage, leaf: int) -> None:
+        """Refuses a leaf to which a rule cannot be applied."""
+        rule, path = stage.rule, self.grads.paths[leaf]
+        update, param, slots = self.updates[leaf], self.param[leaf], self.slots[stage.index][leaf]
+        if param is None and rule.needs_params:
+            raise ValueError(f"{rule.name}: needs the parameters (here {path!r}); call "
+                             "update(grads, state, params)")
+        if update is not None:
+            rule.check_dtype(update, f"the gradient of {path!r}")
+        if param is not None:
+            rule.check_dtype(param, f"the parameter {path!r}")
+        like: Any = param if update is None else update
+        shapes = jax.tree.map(jnp.shape, slots)
+        if any(shape != like.shape for shape in map(jnp.shape, jax.tree.leaves(slots))) and (
+                shapes != jax.tree.map(jnp.shape, jax.eval_shape(rule.init, like))):
+            raise ValueError(f"{rule.name}: the gradient of {path!r} has shape {like.shape}, its "
+                             f"state {shapes}; they do not fit")
+
+    def foreign(self, stage: Stage) -> None:
+        """Runs an Optax transformation."""
+        params = None if self.params is None else self.params.tree(self.param, stage.active)
+        updates = self.grads.tree(self.rounded_updates(), stage.active)
+        new, self.slots[stage.index] = stage.rule.update(
+            updates, self.slots[stage.index], params, self.extra)
+        self.updates = self._replaced(self.updates, stage, new)
+
+    def _replaced(self, values: Sequence[Any], stage: Stage, tree: Any) -> list[Any]:
+        """The values of a tree on the leaves on which a stage acts, the old ones on all others."""
+        columns = zip(values, self.grads.treedef.flatten_up_to(tree), stage.active, strict=True)
+        return [new if is_active else old for old, new, is_active in columns]
+
+    def conditionally(self, stage: Stage, *, writes: bool) -> None:
+        """Runs a conditional, which changes the updates or, with `writes`, the parameters."""
+        rule = stage.rule
+        extra = {name: value for name, value in self.extra.items() if name not in rule.arguments}
+        own = {name: value for name, value in self.extra.items() if name in rule.arguments}
+        params = None if self.params is None else self.params.tree(self.param, stage.active)
+        arrived = self.grads.tree(self.updates, stage.active)
+        state, due = rule.open(arrived, self.slots[stage.index], own)
+
+        def inner_step(carry, inner):
+            updates = jax.tree.map(_loaded, rule.inner_updates(arrived, state))
+            if writes:
+                return step(rule.inner, carry, inner, updates, extra)
+            return update(rule.inner, updates, inner, params, extra)
+
+        def due_call(carry, inner, _):
+            accepted = rule.accepts(arrived, state)
+            return *_branch(accepted, inner_step, carry, inner), accepted
+
+        carry = params if writes else jax.tree.map(lambda u: jnp.zeros_like(_loaded(u)), arrived)
+        carry, inner, accepted = _branch(due, due_call, carry, state.inner, jnp.zeros((), bool))
+        state = rule.close(arrived, state, due, accepted)._replace(inner=inner)
+        (carry, ) = _branch(rule.poisons(state), lambda tree: (jax.tree.map(_nan_like, tree), ),
+                            carry)
+        self.slots[stage.index] = state
+        if not writes:
+            self.updates = self._replaced(self.updates, stage, carry)
+            return
+        self.updates = [None if is_active else update
+                        for update, is_active in zip(self.updates, stage.active, strict=True)]
+        self.write()
+        self.param = self._replaced(self.param, stage, carry)
+
+
+def _branch(predicate: Any, function: Callable[..., Any], *carry: Any) -> Any:
+    """What the function makes of the carry where the predicate holds, else the carry."""
+    if isinstance(predicate, Tracer):
+        carry = varying_like_result(function, carry)
+        # Identity last: as the true branch XLA copies every buffer (12 copies, jaxlib 0.10.2).
+        return jax.lax.cond(predicate, function, lambda *same: same, *carry)
+    return function(*carry) if predicate else carry
+
+
+def _loaded(array: jax.Array) -> jax.Array:
+    return storage.load(array, storage.compute_dtype(array))
+
+
+def _nan_like(array: jax.Array) -> jax.Array:
+    return array * jnp.nan if jnp.issubdtype(array.dtype, jnp.inexact) else array
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _prepare(static: StaticRule, operands: dict[str, jax.Array], count: jax.Array) -> Any:
+    return static.with_values(operands).prepare(count, static.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(static: StaticRule, operands: dict[str, jax.Array], update: Any, slots: Any, param: Any,
+           count: jax.Array, tree_norms: tuple[jax.Array, ...], shared: Any) -> tuple[Any, Any]:
+    """A rule, applied to one leaf: the new update and slots."""
+    rule, arrays = static.with_values(operands), {"update": update, "param": param}
+    if rule.scope == "leaf":
+        tree_norms = norms.norm_of_each([arrays[name] for name in rule.norms_of])
+    cast = functools.partial(storage.load, dtype=static.dtype)
+    update, old, param, measured = jax.tree.map(cast, (update, slots, param, tree_norms))
+    update, new = rule.apply(update, old, param, Step(count, measured, shared))
+    return update, jax.tree.map(storage.store, new, slots)

@@ -1,0 +1,140 @@
+"""Norms over leaves and devices, safe from overflow and underflow.
+
+A norm is one plain sum of squares. In float32 that sum overflows above a norm of 1.8e19 and loses
+digits below one of 1e-9. Only then is it taken again.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lionax.core.storage import compute_dtype
+from lionax.core.varying import varying_axes
+
+__all__ = ["all_finite", "in_three_sums", "in_two_branches", "joint_norm", "norm_of_each"]
+
+Groups = tuple[tuple[jax.Array, ...], ...]
+
+
+def joint_norm(arrays: Sequence[jax.Array]) -> jax.Array:
+    """The Euclidean norm of all elements of all arrays, on all devices.
+
+    Inside ``shard_map`` each array is summed over the mesh axes that its type varies on, so a
+    replicated array counts once. With ``check_vma=False`` types do not say, and the norm is local.
+    It is a float32 scalar, float64 if an array is, 0 for no arrays, inf or NaN if an element is. A
+    finite norm above the largest number is that number, so that no gradient is scaled to 0.
+    """
+    return _norms((tuple(arrays),))[0]
+
+
+def norm_of_each(arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """The norm of each array by itself, as `joint_norm`."""
+    return _norms(tuple((array,) for array in arrays))
+
+
+def all_finite(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Whether every element is finite: a bool scalar, the same on every device."""
+    # x - x is 0 or NaN. XLA on the CPU would keep what `isfinite` makes, before it is summed.
+    return _total([jnp.isnan(jnp.sum(x - x)).astype(jnp.float32) for x in arrays]) == 0
+
+
+@jax.custom_jvp
+@jax.jit
+def _norms(groups: Groups) -> tuple[jax.Array, ...]:
+    """The joint norm of each group."""
+    # A GPU's host would wait for a branch, and its compiler makes one loop of three sums.
+    return lax.platform_dependent(groups, cpu=in_two_branches, default=in_three_sums)
+
+
+@_norms.defjvp
+def _norms_jvp(primals, tangents):
+    (groups,), (directions,) = primals, tangents
+    norms = _norms(groups)
+    return norms, tuple(map(_slope, norms, groups, directions))
+
+
+def _slope(norm, arrays, directions):
+    """The derivative of a norm along directions: Σ x·dx / ‖x‖, and 0 at 0."""
+    length = jnp.where(norm == 0, jnp.ones_like(norm), norm)
+    x_dx = [(x.astype(norm.dtype) / length, dx.astype(norm.dtype))
+            for x, dx in zip(arrays, directions, strict=True)]
+    return _total([jnp.sum(x * dx) for x, dx in x_dx], norm.dtype)
+
+
+def in_two_branches(groups: Groups) -> tuple[jax.Array, ...]:
+    """One sum for each group. If one is out of range, all are taken again, in float64."""
+    if compute_dtype(*(array for group in groups for array in group)) == jnp.float64:
+        return in_three_sums(groups)
+    plain = [_sum_of_squares(group, jnp.float32) for group in groups]
+    in_range = functools.reduce(jnp.logical_and, [_scale_for(x) == 1 for x in plain],
+                                jnp.bool_(True))
+
+    def wide(groups):
+        with jax.enable_x64(True):
+            return tuple(
+                _rounded(jnp.sqrt(_sum_of_squares(group, jnp.float64))) for group in groups)
+
+    return lax.cond(in_range, lambda groups: tuple(map(jnp.sqrt, plain)), wide, groups)
+
+
+def in_three_sums(groups: Groups) -> tuple[jax.Array, ...]:
+    """Three sums for each group, of which one is in range."""
+    return tuple(map(_in_three_sums, groups))
+
+
+def _in_three_sums(group: Sequence[jax.Array]) -> jax.Array:
+    dtype = compute_dtype(*group)
+    up, down, low, high = (_power(k, dtype) for k in (90, -90, -70, 60))
+    plain = _sum_of_squares(group, dtype)
+    # The bounds do not bind where a sum is used. Without them XLA makes (x·c)·(x·c) into
+    # (x·x)·(c·c), which is out of range.
+    small = _sum_of_squares(group, dtype, lambda x: jnp.minimum(jnp.abs(x) * up, high))
+    large = _sum_of_squares(group, dtype, lambda x: jnp.maximum(jnp.abs(x) * down, low))
+    scale = _scale_for(plain)
+    total = jnp.where(scale > 1, small, jnp.where(scale < 1, large, plain))
+    norm = jnp.sqrt(total) / scale  # inf, also if only this division overflows
+    return jnp.where(jnp.isfinite(total), jnp.minimum(norm, jnp.finfo(dtype).max), norm)
+
+
+def _power(exponent: int, dtype) -> float:
+    """A power of two that is as near to the limits of the dtype as 2^exponent is to float32's."""
+    return 2.0 ** (exponent * jnp.finfo(dtype).maxexp / 128)
+
+
+def _scale_for(plain: jax.Array) -> jax.Array:
+    """The scale for elements of this sum of squares: 1 if it is in range; NaN and inf are large."""
+    up, down, low, high = (_power(k, plain.dtype) for k in (90, -90, -60, 100))
+    return jnp.where(plain < low, up, jnp.where(plain < high, 1.0, down)).astype(plain.dtype)
+
+
+def _sum_of_squares(arrays: Sequence[jax.Array], dtype,
+                    scaled: Callable = lambda x: x) -> jax.Array:
+    return _total([jnp.sum(jnp.square(scaled(x.astype(dtype)))) for x in arrays], dtype)
+
+
+def _rounded(norm: jax.Array) -> jax.Array:
+    """A norm in float32; a finite one stays finite."""
+    largest = lax.full_like(norm, jnp.finfo(jnp.float32).max)
+    return lax.select(lax.is_finite(norm), lax.min(norm, largest), norm).astype(jnp.float32)
+
+
+def _total(sums: Sequence[jax.Array], dtype=jnp.float32) -> jax.Array:
+    """The sum over arrays and devices, with one collective for each set of mesh axes."""
+    by_axes: dict[frozenset[str], list[jax.Array]] = {}
+    for value in sums:
+        by_axes.setdefault(varying_axes(value), []).append(value)
+    totals = [lax.psum(_by_halves(values), tuple(sorted(axes))) if axes else _by_halves(values)
+              for axes, values in by_axes.items()]
+    return _by_halves(totals) if totals else jnp.zeros((), dtype)
+
+
+def _by_halves(values: Sequence[jax.Array]) -> jax.Array:
+    """A sum whose error grows with the logarithm of the number of values."""
+    rows = jnp.stack(values)
+    while len(rows) > 1:
+        odd = rows[:1] if len(rows) % 2 else rows[:0]
+        rows = jnp.concatenate([rows[len(odd)::2] + rows[len(odd) + 1::2], odd])
+    return rows[0]

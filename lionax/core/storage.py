@@ -1,0 +1,100 @@
+"""How numbers are stored: the one place where slots are stored and loaded, and results cast.
+
+Arithmetic runs in float32, in float64 for float64 leaves. A slot's dtype is fixed when it is made.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from lionax.core.tree import is_float0, is_placeholder
+
+__all__ = ["Storage", "accumulator_dtype", "add", "check_storage", "compute_dtype", "in_place_of",
+           "load", "store", "zero_slot"]
+
+Storage = Any
+"""How a slot is stored: None for the parameter's dtype, or a floating-point dtype."""
+
+
+def check_storage(value: Storage, owner: str, argument: str) -> np.dtype | None:
+    """A storage argument as a dtype; refuses all but floating-point ones."""
+    if value is None:
+        return None
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{owner}: {argument}={value!r} is not a floating-point dtype; give None "
+                         "for the parameter's own dtype, or one such as jnp.bfloat16 or 'float32'")
+    return dtype
+
+
+def compute_dtype(*arrays: Any) -> np.dtype:
+    """The dtype of arithmetic on these arrays: float64 if one of them is, else float32."""
+    has_float64 = any(array.dtype == jnp.float64 for array in arrays)
+    return jnp.dtype(jnp.float64 if has_float64 else jnp.float32)
+
+
+def accumulator_dtype(param: jax.Array, dtype: np.dtype | None = None) -> np.dtype:
+    """The dtype of a slot that adds up small amounts: as given, else at least float32."""
+    if dtype is None and jnp.issubdtype(param.dtype, jnp.complexfloating):
+        return param.dtype
+    return compute_dtype(param) if dtype is None else dtype
+
+
+def zero_slot(param: jax.Array, dtype: Storage = None) -> jax.Array:
+    """An all-zero slot of a parameter's shape and sharding, for `Rule.init`.
+
+    Args:
+      param: the parameter.
+      dtype: the slot's dtype; None for the parameter's own.
+
+    >>> import jax.numpy as jnp, lionax
+    >>> lionax.zero_slot(jnp.ones(2), jnp.bfloat16)
+    Array([0, 0], dtype=bfloat16)
+    """
+    # An explicit dtype makes the slot strongly typed, so that a scan can carry it.
+    dtype = jax.dtypes.canonicalize_dtype(param.dtype if dtype is None else dtype)
+    return jnp.zeros_like(param, dtype=dtype)
+
+
+def load(array: jax.Array, dtype: np.dtype) -> jax.Array:
+    """A stored array in the dtype of the arithmetic; integers and bools stay as they are."""
+    return array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array
+
+
+def store(value: jax.Array, slot: jax.Array) -> jax.Array:
+    """A new value in the dtype of the slot that it replaces."""
+    return value.astype(slot.dtype)
+
+
+def in_place_of(value: Any, old: Any) -> Any:
+    """A value with the dtype, shape, sharding and container of the array that it replaces."""
+
+    def one(array):
+        new = jnp.broadcast_to(jnp.asarray(value).astype(array.dtype), array.shape)
+        is_placed = isinstance(array, jax.Array) and not isinstance(array, Tracer)
+        if is_placed and array.committed and not isinstance(new, Tracer):
+            return jax.device_put(new, array.sharding)
+        return new
+
+    return jax.tree.map(one, old)  # a Flax optimizer wraps each array of the state in a variable
+
+
+@jax.jit
+def _sum(param: jax.Array, update: jax.Array) -> jax.Array:
+    if not jnp.issubdtype(param.dtype, jnp.floating):
+        return (param + update).astype(param.dtype)
+    dtype = compute_dtype(param, update)
+    return (param.astype(dtype) + update.astype(dtype)).astype(param.dtype)
+
+
+def add(param: Any, update: Any) -> Any:
+    """A parameter plus its update, rounded once; the parameter where there is no update."""
+    if is_placeholder(param) or is_placeholder(update) or is_float0(update):
+        return param
+    return _sum(param, update)

@@ -1,0 +1,3 @@
+"""The transformations: each module holds rules and the functions that make them."""
+
+__all__: list[str] = []

@@ -1,0 +1,212 @@
+"""Steps that are taken only if the gradients are finite, with or without a loss scale."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lionax.core.definition import Conditional, nested
+from lionax.core.hyperparameters import Interval, Scalar, check_count, check_scalar, scalar
+from lionax.core.rule import Applied, Definition, Rule, Step
+from lionax.core.state import State, init_state
+from lionax.core.storage import compute_dtype
+from lionax.core.transformation import Transformation, constructor
+from lionax.transforms.combining import definition_of
+
+__all__ = ["DynamicLossScale", "DynamicLossScaleState", "SkipNonfinite", "SkipNonfiniteState",
+           "Unscale", "dynamic_loss_scale", "refuse_loss_scale", "skip_nonfinite", "unscale"]
+
+LARGEST = 2.0**126  # the reciprocal of a larger loss scale is no normal number
+
+
+@dataclasses.dataclass(frozen=True)
+class Unscale(Rule):
+    """The rule of `unscale`."""
+
+    factor: Scalar = scalar()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.factor == 0:
+            raise ValueError("unscale: factor=0.0 is not accepted; give what the loss was "
+                             "multiplied by")
+
+    def apply(self, update: jax.Array, slots: Any, param: Any, step: Step) -> Applied:
+        return update * (1.0 / self.factor), slots
+
+
+@constructor
+def unscale(factor: Scalar) -> Transformation:
+    """Divides by the constant that multiplied the loss: ``u ← u / factor``. First in a chain.
+
+    Args:
+      factor: the loss scale; not 0.
+
+    Raises:
+      ValueError: for 0.
+
+    >>> import jax.numpy as jnp, lionax
+    >>> tx = lionax.unscale(128.0)
+    >>> tx.update(jnp.array([256.0]), tx.init(jnp.zeros(1)))[0].tolist()
+    [2.0]
+    """
+    return Transformation.of(Unscale(factor))
+
+
+class SkipNonfiniteState(NamedTuple):
+    """The state of `SkipNonfinite`."""
+
+    consecutive: jax.Array  # int32 []: how many steps were skipped since the last that was taken
+    skipped: jax.Array  # int32 []: how many steps were skipped in all
+    inner: State  # of the transformation inside
+
+
+@dataclasses.dataclass(frozen=True)
+class SkipNonfinite(Conditional):
+    """The definition of `skip_nonfinite`."""
+
+    inner: Definition
+    max_consecutive: int
+
+    def __post_init__(self):
+        check_count(self.max_consecutive, "skip_nonfinite", "max_consecutive")
+        refuse_loss_scale(self.inner, "skip_nonfinite")
+
+    def init(self, params: Any) -> SkipNonfiniteState:
+        return SkipNonfiniteState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32),
+                                  init_state(self.inner, params))
+
+    def close(self, updates: Any, state: SkipNonfiniteState, due: Any,
+              accepted: jax.Array) -> SkipNonfiniteState:
+        consecutive = jnp.minimum(state.consecutive + 1, self.max_consecutive)
+        return state._replace(consecutive=jnp.where(accepted, 0, consecutive),
+                              skipped=state.skipped + (~accepted).astype(jnp.int32))
+
+    def poisons(self, state: SkipNonfiniteState) -> jax.Array:
+        return state.consecutive >= self.max_consecutive
+
+
+@constructor
+def skip_nonfinite(tx: optax.GradientTransformation, max_consecutive: int) -> Transformation:
+    """Skips steps whose gradients have a NaN or an infinite element.
+
+    A step that is skipped has updates of zero, and the inner state stays. All devices decide alike.
+    After ``max_consecutive`` of them in a row the updates are NaN, so that a lost run shows. The
+    inner state never takes a NaN: it is good to restart from.
+
+    Args:
+      tx: what runs otherwise; lionax's or Optax's.
+      max_consecutive: how many steps in a row may be skipped, at least 1.
+
+    Raises:
+      ValueError: for a limit below 1; for a `dynamic_loss_scale` inside, which sees no overflow.
+
+    >>> import jax.numpy as jnp, lionax
+    >>> tx = lionax.skip_nonfinite(lionax.sgd(1.0), max_consecutive=5)
+    >>> params, state = tx.step(jnp.array([1.0]), tx.init(jnp.zeros(1)), jnp.array([jnp.nan]))
+    >>> params.tolist(), int(state.rules.skipped)
+    ([1.0], 1)
+    """
+    return Transformation.of(SkipNonfinite(definition_of(tx, "skip_nonfinite"), max_consecutive))
+
+
+class DynamicLossScaleState(NamedTuple):
+    """The state of `DynamicLossScale`."""
+
+    loss_scale: jax.Array  # float32 []: what the next loss is to be multiplied by
+    good_steps: jax.Array  # int32 []: steps since the scale last changed
+    skipped: jax.Array  # int32 []: steps not taken, in all
+    inner: State  # of the transformation inside
+
+
+@dataclasses.dataclass(frozen=True)
+class DynamicLossScale(Conditional):
+    """The definition of `dynamic_loss_scale`."""
+
+    inner: Definition
+    initial_scale: float
+    growth_interval: int
+    growth_factor: float
+    backoff_factor: float
+    min_scale: float
+    max_scale: float
+
+    def __post_init__(self):
+        check_count(self.growth_interval, self.name, "growth_interval")
+        at_least = {"initial_scale": Interval(1e-30, LARGEST), "growth_factor": Interval(1.0),
+                    "backoff_factor": Interval(1e-30, 1.0), "min_scale": Interval(1e-30, LARGEST),
+                    "max_scale": Interval(float(self.min_scale), LARGEST)}
+        for argument, accepted in at_least.items():
+            value = getattr(self, argument)
+            number = check_scalar(value, accepted, self.name, argument, dynamic=False)
+            object.__setattr__(self, argument, number)
+
+    def init(self, params: Any) -> DynamicLossScaleState:
+        return DynamicLossScaleState(
+            jnp.asarray(self.initial_scale, jnp.float32), jnp.zeros((), jnp.int32),
+            jnp.zeros((), jnp.int32), init_state(self.inner, params))
+
+    def inner_updates(self, updates: Any, state: DynamicLossScaleState) -> Any:
+        return jax.tree.map(lambda u: _unscaled(u, state.loss_scale), updates)
+
+    def close(self, updates: Any, state: DynamicLossScaleState, due: Any,
+              accepted: jax.Array) -> DynamicLossScaleState:
+        grows = state.good_steps + 1 >= self.growth_interval
+        larger = jnp.where(grows, state.loss_scale * self.growth_factor, state.loss_scale)
+        smaller = jnp.maximum(state.loss_scale * self.backoff_factor, self.min_scale)
+        return state._replace(
+            loss_scale=jnp.where(accepted, jnp.minimum(larger, self.max_scale), smaller),
+            good_steps=jnp.where(accepted & ~grows, state.good_steps + 1, 0),
+            skipped=state.skipped + (~accepted).astype(jnp.int32))
+
+
+@jax.jit
+def _unscaled(update: jax.Array, loss_scale: jax.Array) -> jax.Array:
+    dtype = compute_dtype(update)
+    return update.astype(dtype) * (1 / loss_scale.astype(dtype))
+
+
+def refuse_loss_scale(inner: Definition, owner: str) -> None:
+    """Refuses a loss scale inside of what takes the overflows away that it waits for."""
+    if any(isinstance(definition, DynamicLossScale) for definition in nested(inner)):
+        raise ValueError(f"{owner}: a dynamic_loss_scale inside never sees an overflow, since "
+                         f"{owner} drops it; write dynamic_loss_scale({owner}(tx, ...), ...)")
+
+
+@constructor
+def dynamic_loss_scale(tx: optax.GradientTransformation, initial_scale: float = 2.0**15,
+                       growth_interval: int = 2000, *, growth_factor: float = 2.0,
+                       backoff_factor: float = 0.5, min_scale: float = 1.0,
+                       max_scale: float = 2.0**24) -> Transformation:
+    """Divides by a loss scale that grows while gradients are finite, and shrinks when they are not.
+
+    Multiply the loss by ``optax.tree.get(state, "loss_scale")`` before you differentiate it. Here
+    the gradients are multiplied by its reciprocal, in float32. Where they overflowed, the updates
+    are zero, the inner state stays and the scale shrinks.
+
+    Args:
+      tx: what runs on the true gradients; lionax's or Optax's.
+      initial_scale: the first scale, in (0, 2^126].
+      growth_interval: how many finite steps in a row make the scale grow, at least 1.
+      growth_factor: by which it grows, at least 1.
+      backoff_factor: by which it shrinks, in (0, 1].
+      min_scale: its lower bound, above 0.
+      max_scale: its upper bound, at most 2^126.
+
+    Raises:
+      ValueError: for a value out of range.
+
+    >>> import jax.numpy as jnp, lionax, optax
+    >>> tx = lionax.dynamic_loss_scale(lionax.sgd(1.0), initial_scale=8.0)
+    >>> params, state = tx.step(jnp.array([1.0]), tx.init(jnp.zeros(1)), jnp.array([jnp.inf]))
+    >>> params.tolist(), float(optax.tree.get(state, "loss_scale"))
+    ([1.0], 4.0)
+
+    References:
+      Micikevicius et al., Mixed Precision Training, 2018, arXiv:1710.03740.
+    """
+    return Transformation.of(DynamicLossScale(
+        definition_of(tx, "dynamic_loss_scale"), initial_scale, growth_interval, growth_factor,
+        backoff_factor, min_scale, max_scale))
