@@ -13,28 +13,57 @@ from benchmarks import measure, peers, report, trees
 
 __all__ = ["main"]
 
+Job = tuple[str, Callable[[], Iterator[measure.Row]]]
+"""What is measured, and how."""
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command."""
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="small trees and few repeats")
-    parser.add_argument("--trees", default=",".join(trees.TREES), help=f"some of {','.join(trees.TREES)}")
-    parser.add_argument("--cases", default=None, help=f"some of {'; '.join(peers.CASES)}, with semicolons between")
-    parser.add_argument("--steps-only", action="store_true", help="without compiling, eager calls, small leaves and growth")
+    parser.add_argument("--quick", action="store_true", help="one small tree and few repeats")
+    parser.add_argument("--trees", help=f"some of {','.join(trees.TREES)}")
+    parser.add_argument("--cases", default=";".join(peers.CASES),
+                        help=f"some of {'; '.join(peers.CASES)}, with semicolons between")
+    parser.add_argument("--steps-only", action="store_true",
+                        help="without compiling, eager calls, small leaves and growth")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"),
                         help="the folder for the JSON and the pictures")
     options = parser.parse_args(arguments)
-    chosen, cases = options.trees.split(","), list(peers.CASES) if options.cases is None else options.cases.split(";")
-    for kind, names, known in (("--trees", chosen, trees.TREES), ("--cases", cases, peers.CASES)):
-        if not set(names) <= set(known):
-            parser.error(f"{kind}: {', '.join(names)}: give some of {'; '.join(known)}")
-    console, rows = Console(), []
+    everything = ["gpt2"] if options.quick else list(trees.TREES)
+    options.trees = everything if options.trees is None else options.trees.split(",")
+    options.cases = options.cases.split(";")
+    for kind, known in (("trees", trees.TREES), ("cases", peers.CASES)):
+        unknown = [name for name in getattr(options, kind) if name not in known]
+        if unknown:
+            parser.error(f"--{kind}: {', '.join(unknown)}: give some of {'; '.join(known)}")
+    return options
+
+
+def _jobs(options: argparse.Namespace, best: float,
+          shapes: dict[str, trees.Shapes]) -> Iterator[Job]:
+    quick = options.quick
+    for tree in options.trees:
+        for case in options.cases:
+            yield f"{case}, {tree}", lambda case=case, tree=tree: measure.step_rows(
+                case, tree, shapes[tree], best, 5 if quick else 15)
+    if options.steps_only:
+        return
+    yield "many small leaves", lambda: measure.many_small_row(50 if quick else 2000, 20)
+    for width in (64,) if quick else (64, 256):
+        yield f"compiling, width {width}", lambda width=width: measure.compile_rows(
+            10 if quick else 300, width, 1 if quick else 3)
+    yield "eager", lambda: measure.eager_row(20)
+    sizes = [10**4, 10**5] if quick else [10**5, 10**6, 10**7, 10**8]
+    yield "growth", lambda: measure.growth(sizes, [1, 10] if quick else [1, 10, 100, 1000], 5)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command."""
+    options, console, rows = _options(arguments), Console(), []
     console.width = max(console.width, 120)  # for the table's sake also where it goes to a file
-    shapes = {name: (trees.QUICK if options.quick else trees.TREES)[name]() for name in chosen}
+    known = trees.QUICK if options.quick else trees.TREES
+    shapes = {name: known[name]() for name in options.trees}
     best = measure.bandwidth(max(map(trees.elements, shapes.values())))
-    jobs = [] if options.steps_only else list(_others(options.quick))
-    jobs = [(f"{case}, {tree}", lambda case=case, tree=tree: measure.step_rows(case, tree, shapes[tree], best, 5 if options.quick else 15))
-            for tree in chosen for case in cases] + jobs
+    jobs = list(_jobs(options, best, shapes))
     try:
         with Progress(console=console, transient=True) as progress:
             bar = progress.add_task("", total=len(jobs))
@@ -47,23 +76,19 @@ def main(arguments: list[str] | None = None) -> None:
     rows, best = measure.to_best_triad(rows, best)
     for table in report.tables(rows):
         console.print(table)
-    console.print(f"The limit is the fewest bytes a step can move at {best / 1e9:.1f} GB/s, the best triad in this run:")
-    for case in cases:
-        if peers.CASES[case].fewest_bytes:
-            console.print(f"  {case}: {peers.CASES[case].fewest_bytes} bytes per parameter; it {peers.CASES[case].why}", highlight=False)
+    console.print(f"The limit is the fewest bytes a step can move at {best / 1e9:.1f} GB/s, the "
+                  "best triad in this run:")
+    for name in options.cases:
+        case = peers.CASES[name]
+        if case.fewest_bytes:
+            console.print(f"  {name}: {case.fewest_bytes} bytes per parameter; it {case.why}",
+                          highlight=False)
     paths = report.draw(rows, options.out)
-    record = {"machine": report.machine(), "triad_bytes_per_second": best, "rows": [dataclasses.asdict(row) for row in rows]}
+    record = {"machine": report.machine(), "triad_bytes_per_second": best,
+              "rows": [dataclasses.asdict(row) for row in rows]}
     (options.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
-    console.print("Written: " + ", ".join(map(str, [*paths, options.out / "results.json"])), highlight=False, soft_wrap=True)
-
-
-def _others(quick: bool) -> Iterator[tuple[str, Callable[[], Iterator[measure.Row]]]]:
-    yield "many small leaves", lambda: measure.many_small_row(100 if quick else 2000, 20)
-    for width in (64, 256):
-        yield f"compiling, width {width}", lambda width=width: measure.compile_rows(20 if quick else 300, width, 1 if quick else 5)
-    yield "eager", lambda: measure.eager_row(20)
-    sizes = [10**4, 10**6] if quick else [10**5, 10**6, 10**7, 10**8]
-    yield "growth", lambda: measure.growth(sizes, [1, 30] if quick else [1, 10, 100, 1000], 5)
+    console.print("Written: " + ", ".join(map(str, [*paths, options.out / "results.json"])),
+                  highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

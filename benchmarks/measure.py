@@ -15,11 +15,15 @@ import optax
 import lionax
 from benchmarks import peers, trees
 
-__all__ = ["Row", "bandwidth", "compile_rows", "eager_row", "growth", "in_turns", "many_small_row", "step_rows",
-           "to_best_triad"]
+__all__ = [
+    "Row", "bandwidth", "compile_rows", "eager_row", "growth", "in_turns", "many_small_row",
+    "step_rows", "to_best_triad"
+]
 
 _TRIAD = 12  # bytes that a triad moves for each element
-PAIRS = {"lion": (lionax.lion(1e-3), optax.lion(1e-3)), "lamb": (lionax.lamb(1e-3), optax.lamb(1e-3))}
+PAIRS = {
+    "lion": (lionax.lion(1e-3), optax.lion(1e-3)), "lamb": (lionax.lamb(1e-3), optax.lamb(1e-3))
+}
 
 
 @dataclasses.dataclass
@@ -42,8 +46,8 @@ class Row:
 
 
 def in_turns(runs: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """The median milliseconds of each. All take turns, so that what disturbs the machine disturbs all; each round in another order,
-    since some leave threads behind that spin for a while.
+    """The median milliseconds of each. All take turns, so that what disturbs the machine disturbs
+    all; each round in another order, since some leave threads behind that spin for a while.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
@@ -93,27 +97,38 @@ def bandwidth(size: int, repeats: int = 20) -> float:
 
 
 def to_best_triad(rows: list[Row], best: float) -> tuple[list[Row], float]:
-    """The rows with their fractions of the limit at the best bandwidth of all, those of triads in turns included, and that bandwidth."""
-    in_turns = [1e3 * _TRIAD * row.parameters / row.milliseconds for row in rows if row.contender == "triad"]
+    """The rows with their fractions of the limit at the best bandwidth of any triad, and that."""
+    in_turns = [
+        1e3 * _TRIAD * row.parameters / row.milliseconds for row in rows if row.contender == "triad"
+    ]
     highest = max([best, *in_turns])
-    return [dataclasses.replace(row, of_limit=row.of_limit and row.of_limit * best / highest) for row in rows], highest
+    return [
+        dataclasses.replace(row, of_limit=row.of_limit and row.of_limit * best / highest)
+        for row in rows
+    ], highest
 
 
-def _rows(table: str, case: str, tree: str, parameters: int, built: Mapping[str, peers.Contender], times: Mapping[str, float],
-          limit_ms: float | None = None) -> Iterator[Row]:
+def _rows(table: str, case: str, tree: str, parameters: int, built: Mapping[str, peers.Contender],
+          times: Mapping[str, float], limit_ms: float | None = None) -> Iterator[Row]:
     """What was measured of each contender."""
     for name, contender in built.items():
-        ratios = [times[name] / times[peer] if peer in times else None for peer in ("Optax", peers.OPTAX_OPTIONS)]
-        yield Row(table, case, tree, name, parameters, times[name], *ratios, limit_ms and limit_ms / times[name], contender.temporary_bytes,
-                  page_faults(contender.run) if table == "step" else None, contender.seconds_to_compile, contender.lines)
+        ratios = [
+            times[name] / times[peer] if peer in times else None
+            for peer in ("Optax", peers.OPTAX_OPTIONS)
+        ]
+        yield Row(table, case, tree, name, parameters, times[name], *ratios, limit_ms and
+                  limit_ms / times[name], contender.temporary_bytes,
+                  page_faults(contender.run) if table == "step" else None,
+                  contender.seconds_to_compile, contender.lines)
 
 
-def _steps(built: Mapping[str, peers.Contender], repeats: int, **others: Callable[[], None]) -> dict[str, float]:
+def _steps(built: Mapping[str, peers.Contender], repeats: int,
+           **others: Callable[[], None]) -> dict[str, float]:
     return in_turns({name: one.run for name, one in built.items()} | others, repeats)
 
 
 def step_rows(name: str, tree: str, shapes: Any, best: float, repeats: int) -> Iterator[Row]:
-    """A case of `peers.CASES` over a tree; where its limit is known, beside a triad, which takes turns with the contenders."""
+    """A case over a tree; where its limit is known a triad takes turns with the contenders."""
     case, parameters = peers.CASES[name], trees.elements(shapes)
     built = {contender: build(shapes) for contender, build in case.available().items()}
     byte_ms = 1e3 * parameters / best  # for one byte of each parameter
@@ -122,36 +137,38 @@ def step_rows(name: str, tree: str, shapes: Any, best: float, repeats: int) -> I
         return
     times = _steps(built, repeats, triad=triad(parameters))
     yield from _rows("step", name, tree, parameters, built, times, case.fewest_bytes * byte_ms)
-    yield Row("step", name, tree, "triad", parameters, times["triad"], of_limit=_TRIAD * byte_ms / times["triad"])
+    yield Row("step", name, tree, "triad", parameters, times["triad"],
+              of_limit=_TRIAD * byte_ms / times["triad"])
 
 
 def many_small_row(leaves: int, repeats: int) -> Iterator[Row]:
-    """A tree of many small leaves, dispatch included; beside a step that returns what it is given, and one that `optax.flatten`
-    gives all leaves as one, so that the state is one array.
-    """
-    shapes = trees.many_small(leaves)
-    ours, theirs = PAIRS["lion"]
-    built = {"lionax": peers.ours(ours)(shapes), "Optax": peers.theirs(theirs)(shapes),
-             "lionax, flattened": peers.theirs(optax.flatten(ours))(shapes),
-             "nothing": peers.of_jax(lambda params, state, grads: (params, state), ours.init)(shapes)}
-    yield from _rows("small leaves", "lion", f"{leaves} leaves", trees.elements(shapes), built, _steps(built, repeats))
+    """A tree of many small leaves, dispatch included, beside a step that does nothing."""
+    shapes, (ours, theirs) = trees.many_small(leaves), PAIRS["lion"]
+    builds = peers.with_optax(ours, theirs) | {
+        "nothing": peers.of_jax(lambda params, state, grads: (params, state), ours.init)}
+    built = {name: build(shapes) for name, build in builds.items()}
+    yield from _rows("small leaves", "lion", f"{leaves} leaves", trees.elements(shapes), built,
+                     _steps(built, repeats))
 
 
 def compile_rows(leaves: int, width: int, repeats: int) -> Iterator[Row]:
-    """Tracing, lowering and compiling LAMB; all take turns, and nothing is kept from one turn to the next."""
-    shapes = {f"leaf_{i}": [(width, width), (width,), (2 * width, width), (width, 2 * width)][i % 4] for i in range(leaves)}
-    builds = peers.available(peers.with_optax(lionax.lamb(1e-3, weight_decay=0.01), optax.lamb(1e-3, weight_decay=0.01)))
-    seconds: dict[str, list[float]] = {name: [] for name in builds}
-    built: dict[str, peers.Contender] = {}
+    """Tracing, lowering and compiling LAMB; all take turns, and nothing is kept between."""
+    kinds = [(width, width), (width,), (2 * width, width), (width, 2 * width)]
+    shapes = {f"leaf_{i}": kinds[i % 4] for i in range(leaves)}
+    builds = peers.with_optax(lionax.lamb(1e-3, weight_decay=0.01),
+                              optax.lamb(1e-3, weight_decay=0.01))
+    built: dict[str, list[peers.Contender]] = {name: [] for name in builds}
     for _ in range(repeats):
         for name, build in builds.items():
             jax.clear_caches()
-            built[name] = build(shapes)
-            seconds[name].append(built[name].seconds_to_compile or 0.0)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    built = {name: dataclasses.replace(contender, seconds_to_compile=medians[name]) for name, contender in built.items()}
+            built[name].append(build(shapes))
+    medians = {name: statistics.median(one.seconds_to_compile or 0.0 for one in all_of)
+               for name, all_of in built.items()}
+    contenders = {name: dataclasses.replace(all_of[-1], seconds_to_compile=medians[name])
+                  for name, all_of in built.items()}
     times = {name: 1e3 * median for name, median in medians.items()}
-    yield from _rows("compile", "lamb", f"{leaves} leaves, width {width}", trees.elements(shapes), built, times)
+    yield from _rows("compile", "lamb", f"{leaves} leaves, width {width}", trees.elements(shapes),
+                     contenders, times)
 
 
 def eager_row(repeats: int) -> Iterator[Row]:
@@ -159,8 +176,12 @@ def eager_row(repeats: int) -> Iterator[Row]:
     shapes = trees.gpt2(1, 32, 64, 16)
     params, grads = trees.filled(shapes, 0.5), trees.filled(shapes, 1e-3)
     for case, pair in PAIRS.items():
-        built = {name: peers.Contender(_eager(tx, params, grads)) for name, tx in zip(("lionax", "Optax"), pair, strict=True)}
-        yield from _rows("eager", case, "one block", trees.elements(shapes), built, _steps(built, repeats))
+        built = {
+            name: peers.Contender(_eager(tx, params, grads))
+            for name, tx in zip(("lionax", "Optax"), pair, strict=True)
+        }
+        yield from _rows("eager", case, "one block", trees.elements(shapes), built,
+                         _steps(built, repeats))
 
 
 def _eager(tx: Any, params: Any, grads: Any) -> Callable[[], None]:
@@ -173,7 +194,8 @@ def growth(sizes: list[int], leaves: list[int], repeats: int) -> Iterator[Row]:
     for case, pair in PAIRS.items():
         for table, shapes in [*(("parameters", trees.of_size(size, 16)) for size in sizes),
                               *(("leaves", trees.many_small(count)) for count in leaves)]:
-            built = {"lionax": peers.ours(pair[0])(shapes), "Optax": peers.theirs(pair[1])(shapes)}
+            built = {name: build(shapes) for name, build in peers.with_optax(*pair).items()}
             short = trees.elements(shapes) <= 10**6
             times = _steps(built, 20 * repeats if short else repeats)
-            yield from _rows(table, case, f"{len(shapes)} leaves", trees.elements(shapes), built, times)
+            yield from _rows(table, case, f"{len(shapes)} leaves", trees.elements(shapes), built,
+                             times)

@@ -1,6 +1,7 @@
 """The steps that are compared: lionax's, and those of the peers that are installed.
 
-A contender is built for a tree of shapes and then runs one step at a time. All of them train with the same hyperparameters.
+A contender is built for a tree of shapes and then runs one step at a time. All of them train with
+the same hyperparameters.
 """
 
 import dataclasses
@@ -17,7 +18,10 @@ import optax
 import lionax
 from benchmarks.trees import arrays, filled
 
-__all__ = ["CASES", "OPTAX_OPTIONS", "Case", "Contender", "available", "compiled", "of_jax", "optax_step", "with_and_without_options"]
+__all__ = [
+    "CASES", "OPTAX_OPTIONS", "Case", "Contender", "available", "compiled", "of_jax", "optax_step",
+    "with_optax"
+]
 
 RATE = 1e-3
 OPTAX_OPTIONS = "Optax, options"  # with `lionax.compiler_options`
@@ -50,7 +54,8 @@ def compiled(step: Callable[..., Any], params: Any, state: Any, grads: Any, call
              options: dict[str, Any] | None = None) -> Contender:
     """A jitted step whose parameters and state are donated."""
     start = time.perf_counter()
-    lowered = jax.jit(step, donate_argnums=(0, 1), compiler_options=options or {}).lower(params, state, grads)
+    lowered = jax.jit(step, donate_argnums=(0, 1), compiler_options=options or
+                      {}).lower(params, state, grads)
     program = lowered.compile()
     seconds = time.perf_counter() - start
     carry = [params, state]
@@ -61,7 +66,8 @@ def compiled(step: Callable[..., Any], params: Any, state: Any, grads: Any, call
         jax.block_until_ready(carry)
 
     memory = program.memory_analysis()
-    return Contender(run, None if memory is None else memory.temp_size_in_bytes, seconds, len(lowered.as_text().splitlines()))
+    return Contender(run, None if memory is None else memory.temp_size_in_bytes, seconds,
+                     len(lowered.as_text().splitlines()))
 
 
 def of_jax(step: Callable[..., Any], init: Callable[..., Any], calls: int = 1,
@@ -97,7 +103,8 @@ def keras(name: str, **arguments: Any) -> Build:
             return optimizer.stateless_apply(state, grads, params)
 
         state = [jnp.copy(variable.value) for variable in optimizer.variables]
-        return compiled(step, [variable.value for variable in variables], state, jax.tree.leaves(filled(shapes, 1e-3)))
+        return compiled(step, [variable.value for variable in variables], state,
+                        jax.tree.leaves(filled(shapes, 1e-3)))
 
     return build
 
@@ -109,7 +116,10 @@ def torch(make: Callable[..., Any]) -> Build:
         import torch
 
         device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-        params = [torch.nn.Parameter(torch.full(leaf.shape, 0.5, device=device)) for leaf in jax.tree.leaves(arrays(shapes))]
+        params = [
+            torch.nn.Parameter(torch.full(leaf.shape, 0.5, device=device))
+            for leaf in jax.tree.leaves(arrays(shapes))
+        ]
         for param in params:
             param.grad = torch.full_like(param, 1e-3)
         optimizer = make(torch, params)
@@ -131,7 +141,7 @@ def lion_pytorch(torch: Any, params: Any) -> Any:
 
 
 def flash(name: str, **arguments: Any) -> Build:
-    """``flashoptim-jax``, whose kernels are for GPUs. It keeps less precise state than the others."""
+    """``flashoptim-jax``, whose kernels are for GPUs. Its state is less precise."""
 
     def build(shapes: Any) -> Contender:
         import flashoptim_jax
@@ -146,7 +156,7 @@ def flash(name: str, **arguments: Any) -> Build:
 class Case:
     """A row of the table."""
 
-    fewest_bytes: int | None  # that a step can move for each parameter; None if it depends on the call
+    fewest_bytes: int | None  # that a step can move for each parameter; None if calls differ
     why: str
     contenders: dict[str, Build]
 
@@ -156,7 +166,10 @@ class Case:
 
 def available(contenders: dict[str, Build]) -> dict[str, Build]:
     """Those whose packages, device and compiler are there."""
-    needs = {"Keras 3": ("keras",), "PyTorch": ("torch",), "lion-pytorch": ("torch", "lion_pytorch"), "flashoptim": ("flashoptim_jax",)}
+    needs = {
+        "Keras 3": ("keras", ), "PyTorch": ("torch", ), "lion-pytorch": ("torch", "lion_pytorch"),
+        "flashoptim": ("flashoptim_jax", )
+    }
     on_gpu = jax.default_backend() == "gpu"
     return {name: build for name, build in contenders.items()
             if (on_gpu or name != "flashoptim")
@@ -171,27 +184,43 @@ def with_optax(tx: lionax.Transformation, peer: optax.GradientTransformation,
 
 
 CASES: dict[str, Case] = {
-    "lion": Case(20, "reads gradient, parameter, momentum; writes parameter, momentum", {
-        **with_optax(lionax.lion(RATE), optax.lion(RATE)), "Keras 3": keras("Lion", weight_decay=1e-3),
-        "lion-pytorch": torch(lion_pytorch), "flashoptim": flash("flash_lion")}),
-    "clip_by_global_norm, lion": Case(24, "reads the gradient once more, for the norm", {
-        **with_optax(lionax.chain(lionax.clip_by_global_norm(1.0), lionax.lion(RATE)),
-                      optax.chain(optax.clip_by_global_norm(1.0), optax.lion(RATE))),
-        "Keras 3": keras("Lion", weight_decay=1e-3, global_clipnorm=1.0)}),
+    "lion": Case(
+        20, "reads gradient, parameter, momentum; writes parameter, momentum", {
+            **with_optax(lionax.lion(RATE), optax.lion(RATE)), "Keras 3": keras(
+                "Lion", weight_decay=1e-3), "lion-pytorch": torch(lion_pytorch),
+            "flashoptim": flash("flash_lion")
+        }),
+    "clip_by_global_norm, lion": Case(
+        24, "reads the gradient once more, for the norm", {
+            **with_optax(lionax.chain(lionax.clip_by_global_norm(1.0), lionax.lion(RATE)),
+                         optax.chain(optax.clip_by_global_norm(1.0), optax.lion(RATE))), "Keras "
+                                                                                         "3": keras(
+                "Lion", weight_decay=1e-3, global_clipnorm=1.0)
+        }),
     "lion, mu_dtype=bfloat16": Case(16, "as lion, with two bytes for the momentum", {
-        **with_optax(lionax.lion(RATE, mu_dtype="bfloat16"), optax.lion(RATE, mu_dtype="bfloat16"))}),
-    "lamb": Case(40, "reads gradient, parameter and moments and writes the moments, while it sums; then reads parameter and moments "
-                 "again and writes the parameter", {
-        **with_optax(lionax.lamb(RATE), optax.lamb(RATE)), "Keras 3": keras("Lamb"),
-        "PyTorch, fused AdamW": torch(lambda t, params: t.optim.AdamW(params, lr=RATE, fused=True)),
-        "PyTorch, foreach AdamW": torch(lambda t, params: t.optim.AdamW(params, lr=RATE, foreach=True))}),
-    "sgd, momentum": Case(20, "reads gradient, parameter, momentum; writes parameter, momentum", {
-        **with_optax(lionax.sgd(RATE, 0.9), optax.sgd(RATE, 0.9)), "Keras 3": keras("SGD", momentum=0.9),
-        "PyTorch, fused SGD": torch(lambda t, params: t.optim.SGD(params, lr=RATE, momentum=0.9, fused=True)),
-        "PyTorch, foreach SGD": torch(lambda t, params: t.optim.SGD(params, lr=RATE, momentum=0.9, foreach=True)),
-        "flashoptim": flash("flash_sgd", momentum=0.9)}),
-    "accumulation of 4": Case(None, "four calls; lionax around lion and an average of the parameters, "
-                              "Optax around lion alone", {
-        **with_optax(lionax.accumulate(lionax.chain(lionax.lion(RATE), lionax.params_ema(0.99)), 4),
-                     optax.MultiSteps(optax.lion(RATE), 4).gradient_transformation(), calls=4)}),
+        **with_optax(lionax.lion(RATE, mu_dtype="bfloat16"), optax.lion(RATE, mu_dtype="bfloat16"))
+    }),
+    "lamb": Case(
+        40, "reads gradient, parameter and moments and writes the moments, while it sums; "
+        "then reads parameter and moments again and writes the parameter", {
+            **with_optax(lionax.lamb(RATE), optax.lamb(RATE)), "Keras 3": keras("Lamb"),
+            "PyTorch, fused AdamW": torch(lambda t, params: t.optim.AdamW(
+                params, lr=RATE, fused=True)), "PyTorch, foreach AdamW": torch(
+                    lambda t, params: t.optim.AdamW(params, lr=RATE, foreach=True))
+        }),
+    "sgd, momentum": Case(
+        20, "reads gradient, parameter, momentum; writes parameter, momentum", {
+            **with_optax(lionax.sgd(RATE, 0.9), optax.sgd(RATE, 0.9)), "Keras 3": keras(
+                "SGD", momentum=0.9), "PyTorch, fused SGD": torch(lambda t, params: t.optim.SGD(
+                    params, lr=RATE, momentum=0.9, fused=True)), "PyTorch, foreach SGD": torch(
+                        lambda t, params: t.optim.SGD(params, lr=RATE, momentum=0.9, foreach=True)),
+            "flashoptim": flash("flash_sgd", momentum=0.9)
+        }),
+    "accumulation of 4": Case(
+        None, "four calls; lionax around lion and an average of the parameters, Optax around lion "
+              "alone", {
+            **with_optax(
+                lionax.accumulate(lionax.chain(lionax.lion(RATE), lionax.params_ema(0.99)), 4),
+                optax.MultiSteps(optax.lion(RATE), 4).gradient_transformation(), calls=4)
+        }),
 }

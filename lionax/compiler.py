@@ -16,8 +16,8 @@ _OPTIONS = {"xla_cpu_copy_insertion_use_region_analysis": True,
 def compiler_options() -> dict[str, Any]:
     """The ``compiler_options`` for the outermost ``jax.jit`` around a step.
 
-    - ``xla_cpu_copy_insertion_use_region_analysis``: XLA analyses where a buffer is read and written
-      before it copies one. Without it, it copies Lion's donated momentum in every step.
+    - ``xla_cpu_copy_insertion_use_region_analysis``: XLA analyses where a buffer is read and
+      written before it copies one. Else it copies Lion's donated momentum in every step.
     - ``xla_cpu_scheduler_type``: XLA orders loops for little memory, not for concurrency. A loop
       follows the one whose result it reads; each still uses all cores.
 

@@ -36,64 +36,100 @@ def _matrices(tree: Any) -> Any:
 
 CASES: dict[str, Case] = {
     "lion": Case("lion", lambda: lionax.lion(0.01), lambda: optax.lion(0.01)),
-    "lion_decay": Case("lion", lambda: lionax.lion(0.01, weight_decay=0.1), lambda: optax.lion(0.01, weight_decay=0.1)),
-    "lion_betas": Case("lion", lambda: lionax.lion(0.01, 0.95, 0.98), lambda: optax.lion(0.01, 0.95, 0.98)),
-    "lion_schedule": Case("lion", lambda: lionax.lion(SCHEDULE, weight_decay=0.1), lambda: optax.lion(SCHEDULE, weight_decay=0.1)),
-    "lion_mu_bfloat16": Case("lion", lambda: lionax.lion(0.01, mu_dtype=jnp.bfloat16), lambda: optax.lion(0.01, mu_dtype=jnp.bfloat16)),
+    "lion_decay": Case("lion", lambda: lionax.lion(0.01, weight_decay=0.1),
+                       lambda: optax.lion(0.01, weight_decay=0.1)),
+    "lion_betas": Case("lion", lambda: lionax.lion(0.01, 0.95, 0.98),
+                       lambda: optax.lion(0.01, 0.95, 0.98)),
+    "lion_schedule": Case("lion", lambda: lionax.lion(SCHEDULE, weight_decay=0.1),
+                          lambda: optax.lion(SCHEDULE, weight_decay=0.1)),
+    "lion_mu_bfloat16": Case("lion", lambda: lionax.lion(0.01, mu_dtype=jnp.bfloat16),
+                             lambda: optax.lion(0.01, mu_dtype=jnp.bfloat16)),
     "lion_mask": Case("lion", lambda: lionax.lion(0.01, weight_decay=0.1, mask=_matrices),
                       lambda: optax.lion(0.01, weight_decay=0.1, mask=_matrices)),
-    "lion_decay_schedule": Case("lion", lambda: lionax.lion(0.01, weight_decay=SCHEDULE, mask=_matrices),
+    "lion_decay_schedule": Case("lion",
+                                lambda: lionax.lion(0.01, weight_decay=SCHEDULE, mask=_matrices),
                                 lambda: optax.lion(0.01, weight_decay=SCHEDULE, mask=_matrices)),
-    "lion_decoupled": Case("lion", lambda: lionax.lion(SCHEDULE, weight_decay=0.1, base_learning_rate=0.05)),
+    "lion_decoupled": Case(
+        "lion", lambda: lionax.lion(SCHEDULE, weight_decay=0.1, base_learning_rate=0.05)),
     "lion_injected": Case("lion", lambda: lionax.lion(lionax.inject(0.01), b1=lionax.inject(0.9))),
     "lamb": Case("lamb", lambda: lionax.lamb(0.01), lambda: optax.lamb(0.01), rtol=1e-6),
     "lamb_decay_mask": Case("lamb", lambda: lionax.lamb(SCHEDULE, weight_decay=0.1, mask=_matrices),
-                            lambda: optax.lamb(SCHEDULE, weight_decay=0.1, mask=_matrices), rtol=1e-6),
-    "lamb_trust_mask": Case("lamb", lambda: lionax.lamb(0.01, weight_decay=0.1, trust_mask=_matrices, mu_dtype="bfloat16",
-                                                        nu_dtype="float16")),
-    "lamb_decoupled": Case("lamb", lambda: lionax.lamb(0.01, weight_decay=0.1, base_learning_rate=0.01)),
+                            lambda: optax.lamb(SCHEDULE, weight_decay=0.1, mask=_matrices),
+                            rtol=1e-6),
+    "lamb_trust_mask": Case(
+        "lamb", lambda: lionax.lamb(0.01, weight_decay=0.1, trust_mask=_matrices, mu_dtype=
+                                    "bfloat16", nu_dtype="float16")),
+    "lamb_decoupled": Case("lamb",
+                           lambda: lionax.lamb(0.01, weight_decay=0.1, base_learning_rate=0.01)),
     "sgd": Case("sgd", lambda: lionax.sgd(0.01), lambda: optax.sgd(0.01)),
     "sgd_momentum": Case("sgd", lambda: lionax.sgd(0.01, 0.9), lambda: optax.sgd(0.01, 0.9)),
-    "sgd_nesterov": Case("sgd", lambda: lionax.sgd(SCHEDULE, 0.9, True), lambda: optax.sgd(SCHEDULE, 0.9, True)),
-    "sgd_accumulator": Case("sgd", lambda: lionax.sgd(0.01, 0.9, False, jnp.bfloat16), lambda: optax.sgd(0.01, 0.9, False, jnp.bfloat16)),
+    "sgd_nesterov": Case("sgd", lambda: lionax.sgd(SCHEDULE, 0.9, True),
+                         lambda: optax.sgd(SCHEDULE, 0.9, True)),
+    "sgd_accumulator": Case("sgd", lambda: lionax.sgd(0.01, 0.9, False, jnp.bfloat16),
+                            lambda: optax.sgd(0.01, 0.9, False, jnp.bfloat16)),
     "sgd_dampening": Case("sgd", lambda: lionax.sgd(0.01, 0.9, dampening=0.3, weight_decay=0.1)),
     "sgdw": Case("sgd", lambda: lionax.sgd(0.01, 0.9, weight_decay=0.1, base_learning_rate=0.01)),
     "scale_by_lion": Case("scale_by_lion", lionax.scale_by_lion, optax.scale_by_lion),
     "scale_by_adam": Case("scale_by_adam", lionax.scale_by_adam, optax.scale_by_adam, rtol=1e-6),
-    "scale_by_adam_nesterov": Case("scale_by_adam", lambda: lionax.scale_by_adam(eps_root=1e-8, nesterov=True),
-                                   lambda: optax.scale_by_adam(eps_root=1e-8, nesterov=True), rtol=1e-6),
-    "trace": Case("trace", lambda: lionax.trace(0.9, nesterov=True), lambda: optax.trace(0.9, nesterov=True)),
+    "scale_by_adam_nesterov": Case("scale_by_adam",
+                                   lambda: lionax.scale_by_adam(eps_root=1e-8, nesterov=True),
+                                   lambda: optax.scale_by_adam(eps_root=1e-8, nesterov=True),
+                                   rtol=1e-6),
+    "trace": Case("trace", lambda: lionax.trace(0.9, nesterov=True),
+                  lambda: optax.trace(0.9, nesterov=True)),
     "ema": Case("ema", lambda: lionax.ema(0.9), lambda: optax.ema(0.9), rtol=1e-6),
-    "ema_plain": Case("ema", lambda: lionax.ema(0.9, debias=False), lambda: optax.ema(0.9, debias=False)),
-    "scale_by_trust_ratio": Case("scale_by_trust_ratio", lambda: lionax.chain(lionax.scale_by_trust_ratio(), lionax.scale(0.1)),
-                                 lambda: optax.chain(optax.scale_by_trust_ratio(), optax.scale(0.1)), rtol=1e-6),
-    "scale_by_trust_ratio_options": Case(
-        "scale_by_trust_ratio", lambda: lionax.scale_by_trust_ratio(0.1, 0.5, 1e-3),
-        lambda: optax.scale_by_trust_ratio(0.1, 0.5, 1e-3), rtol=1e-6),
-    "add_decayed_weights": Case("add_decayed_weights", lambda: lionax.add_decayed_weights(0.1), lambda: optax.add_decayed_weights(0.1)),
+    "ema_plain": Case("ema", lambda: lionax.ema(0.9, debias=False),
+                      lambda: optax.ema(0.9, debias=False)),
+    "scale_by_trust_ratio": Case(
+        "scale_by_trust_ratio",
+        lambda: lionax.chain(lionax.scale_by_trust_ratio(), lionax.scale(0.1)),
+        lambda: optax.chain(optax.scale_by_trust_ratio(), optax.scale(0.1)), rtol=1e-6),
+    "scale_by_trust_ratio_options": Case("scale_by_trust_ratio",
+                                         lambda: lionax.scale_by_trust_ratio(0.1, 0.5, 1e-3),
+                                         lambda: optax.scale_by_trust_ratio(0.1, 0.5, 1e-3),
+                                         rtol=1e-6),
+    "add_decayed_weights": Case("add_decayed_weights", lambda: lionax.add_decayed_weights(0.1),
+                                lambda: optax.add_decayed_weights(0.1)),
     "clip": Case("clip", lambda: lionax.clip(0.5), lambda: optax.clip(0.5)),
     "clip_by_norm": Case("clip_by_norm", lambda: lionax.clip_by_norm(0.5)),
     "clip_by_global_norm": Case("clip_by_global_norm", lambda: lionax.clip_by_global_norm(0.5),
                                 lambda: optax.clip_by_global_norm(0.5), rtol=1e-6),
     "scale": Case("scale", lambda: lionax.scale(-0.1), lambda: optax.scale(-0.1)),
-    "scale_by_learning_rate": Case("scale_by_learning_rate", lambda: lionax.scale_by_learning_rate(0.1, flip_sign=False),
+    "scale_by_learning_rate": Case("scale_by_learning_rate",
+                                   lambda: lionax.scale_by_learning_rate(0.1, flip_sign=False),
                                    lambda: optax.scale_by_learning_rate(0.1, flip_sign=False)),
-    "scale_by_schedule": Case("scale_by_schedule", lambda: lionax.scale_by_schedule(SCHEDULE), lambda: optax.scale_by_schedule(SCHEDULE)),
+    "scale_by_schedule": Case("scale_by_schedule", lambda: lionax.scale_by_schedule(SCHEDULE),
+                              lambda: optax.scale_by_schedule(SCHEDULE)),
     "params_ema": Case("params_ema", lambda: lionax.chain(lionax.sgd(0.1), lionax.params_ema(0.9))),
-    "params_ema_overwrite": Case("params_ema", lambda: lionax.chain(lionax.lion(0.1), lionax.params_ema(0.9, overwrite_every=3))),
-    "chain": Case("chain", lambda: lionax.chain(lionax.clip_by_global_norm(1.0), lionax.lamb(0.01), lionax.clip(0.1)),
-                  lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.lamb(0.01), optax.clip(0.1)), rtol=2e-6),
-    "chain_foreign": Case("chain", lambda: lionax.chain(lionax.clip(1.0), optax.trace(0.9), lionax.scale_by_learning_rate(0.1)),
-                          lambda: optax.chain(optax.clip(1.0), optax.trace(0.9), optax.scale_by_learning_rate(0.1))),
-    "named_chain": Case("named_chain", lambda: lionax.named_chain(("lion", lionax.scale_by_lion()), ("lr", lionax.scale(-0.1))),
-                        lambda: optax.named_chain(("lion", optax.scale_by_lion()), ("lr", optax.scale(-0.1)))),
-    "masked": Case("masked", lambda: lionax.masked(lionax.lion(0.1), _matrices), lambda: optax.masked(optax.lion(0.1), _matrices)),
-    "partition": Case("partition", lambda: lionax.partition({"a": lionax.lion(0.1), "b": lionax.sgd(0.1, 0.9)}, _labels),
-                      lambda: optax.partition({"a": optax.lion(0.1), "b": optax.sgd(0.1, 0.9)}, _labels)),
-    "accumulate": Case("accumulate", lambda: lionax.accumulate(lionax.chain(lionax.clip_by_global_norm(1.0), lionax.lion(0.1)), 2)),
+    "params_ema_overwrite": Case(
+        "params_ema",
+        lambda: lionax.chain(lionax.lion(0.1), lionax.params_ema(0.9, overwrite_every=3))),
+    "chain": Case(
+        "chain",
+        lambda: lionax.chain(lionax.clip_by_global_norm(1.0), lionax.lamb(0.01), lionax.clip(0.1)),
+        lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.lamb(0.01), optax.clip(0.1)),
+        rtol=2e-6),
+    "chain_foreign": Case(
+        "chain", lambda: lionax.chain(lionax.clip(1.0), optax.trace(0.9),
+                                      lionax.scale_by_learning_rate(0.1)),
+        lambda: optax.chain(optax.clip(1.0), optax.trace(0.9), optax.scale_by_learning_rate(0.1))),
+    "named_chain": Case(
+        "named_chain", lambda: lionax.named_chain(("lion", lionax.scale_by_lion()),
+                                                  ("lr", lionax.scale(-0.1))),
+        lambda: optax.named_chain(("lion", optax.scale_by_lion()), ("lr", optax.scale(-0.1)))),
+    "masked": Case("masked", lambda: lionax.masked(lionax.lion(0.1), _matrices),
+                   lambda: optax.masked(optax.lion(0.1), _matrices)),
+    "partition": Case(
+        "partition",
+        lambda: lionax.partition({"a": lionax.lion(0.1), "b": lionax.sgd(0.1, 0.9)}, _labels),
+        lambda: optax.partition({"a": optax.lion(0.1), "b": optax.sgd(0.1, 0.9)}, _labels)),
+    "accumulate": Case(
+        "accumulate", lambda: lionax.accumulate(
+            lionax.chain(lionax.clip_by_global_norm(1.0), lionax.lion(0.1)), 2)),
     "skip_nonfinite": Case("skip_nonfinite", lambda: lionax.skip_nonfinite(lionax.lamb(0.1), 3),
                            lambda: optax.apply_if_finite(optax.lamb(0.1), 3), rtol=1e-6),
-    "dynamic_loss_scale": Case("dynamic_loss_scale", lambda: lionax.dynamic_loss_scale(lionax.sgd(0.1, 0.9), 4.0, 3)),
+    "dynamic_loss_scale": Case("dynamic_loss_scale",
+                               lambda: lionax.dynamic_loss_scale(lionax.sgd(0.1, 0.9), 4.0, 3)),
     "unscale": Case("unscale", lambda: lionax.unscale(128.0)),
     "identity": Case("identity", lionax.identity, optax.identity),
     "set_to_zero": Case("set_to_zero", lionax.set_to_zero, optax.set_to_zero),
@@ -121,22 +157,26 @@ class Block:
 
 
 def normal(*shape: int, seed: int = 0, dtype: Any = np.float32) -> jax.Array:
-    return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape).astype(np.float32)).astype(dtype)
+    return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape).astype(
+        np.float32)).astype(dtype)
 
 
 TREES: dict[str, Callable[[], Any]] = {
     # Many leaves, few shapes: each shape is compiled once.
-    "nested": lambda: {"dense": {"kernel": normal(4, 3), "bias": jnp.zeros(3)},
-                       "embed": [normal(4, 3, seed=1), normal(2, 1, 3)],
-                       "scale": jnp.asarray(2.0, jnp.float32),
-                       "pair": Pair(normal(3), Block(normal(4, 3, seed=2), normal(3, seed=1)))},
+    "nested": lambda: {
+        "dense": {"kernel": normal(4, 3), "bias": jnp.zeros(3)},
+        "embed": [normal(4, 3, seed=1), normal(2, 1, 3)], "scale": jnp.asarray(2.0, jnp.float32),
+        "pair": Pair(normal(3), Block(normal(4, 3, seed=2), normal(3, seed=1)))
+    },
     "array": lambda: normal(6, 4),
     "scalar": lambda: jnp.asarray(0.5, jnp.float32),
     "empty": lambda: {},
     "none_leaves": lambda: {"a": None, "b": normal(3), "c": [None, normal(2, 2)]},
     "zero_size": lambda: {"a": jnp.zeros((0, 3)), "b": normal(2, 3)},
-    "bfloat16": lambda: {"kernel": normal(9, 5, dtype=jnp.bfloat16), "bias": jnp.zeros(5, jnp.bfloat16)},
-    "float16": lambda: {"kernel": normal(9, 5, dtype=jnp.float16), "bias": jnp.zeros(5, jnp.float16)},
+    "bfloat16": lambda:
+    {"kernel": normal(9, 5, dtype=jnp.bfloat16), "bias": jnp.zeros(5, jnp.bfloat16)},
+    "float16": lambda:
+    {"kernel": normal(9, 5, dtype=jnp.float16), "bias": jnp.zeros(5, jnp.float16)},
     "mixed": lambda: {"half": normal(4, 4, dtype=jnp.bfloat16), "full": normal(4, 4, seed=1)},
 }
 LOW_PRECISION = ("bfloat16", "float16", "mixed")
@@ -158,7 +198,7 @@ def gradients(params: Any, step: int) -> Any:
 
 
 def assert_close(actual: Any, expected: Any, rtol: float = 1e-6, of: Any = None) -> None:
-    """Trees of one structure whose elements are equal to ``rtol`` of the leaf's greatest, or ``of`` its."""
+    """Trees of one structure, equal to ``rtol`` of a leaf's greatest element, or ``of`` its."""
     chex.assert_trees_all_equal_structs(actual, expected)
     chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
 

@@ -2,15 +2,18 @@
 
 import os
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+FLAGS = (os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8")
+os.environ["XLA_FLAGS"] = " ".join(FLAGS)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import chex
 import hypothesis
 import jax
 import pytest
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-hypothesis.settings.register_profile("lionax", deadline=None, max_examples=25, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile("lionax", deadline=None, max_examples=25, derandomize=True,
+                                     print_blob=True)
 hypothesis.settings.load_profile("lionax")
 
 

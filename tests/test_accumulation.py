@@ -42,7 +42,9 @@ def test_the_mean_is_that_of_float32(dtype):
     for g in micro:
         updates, state = tx.update(g, state, params)
     exact = -np.mean([np.asarray(g).astype(np.float64) for g in micro], axis=0)
-    np.testing.assert_allclose(np.asarray(updates).astype(np.float64), exact, atol=1e-6 if dtype == jnp.float32 else 2.0**-8)
+    np.testing.assert_allclose(
+        np.asarray(updates).astype(np.float64), exact,
+        atol=1e-6 if dtype == jnp.float32 else 2.0**-8)
     assert updates.dtype == dtype
     assert state.rules.gradients.dtype == jnp.float32
 
@@ -130,7 +132,8 @@ def test_inside_shard_map():
     params = cases.normal(16)
     state = tx.init(params)
     specs = jax.tree.map(lambda leaf: spec if leaf.ndim else jax.sharding.PartitionSpec(), state)
-    step = jax.jit(jax.shard_map(tx.step, mesh=mesh, in_specs=(spec, specs, spec), out_specs=(spec, specs)))
+    step = jax.jit(
+        jax.shard_map(tx.step, mesh=mesh, in_specs=(spec, specs, spec), out_specs=(spec, specs)))
     sharded = whole = params, state
     for t in range(4):
         grads = cases.gradients(params, t)

@@ -1,4 +1,4 @@
-"""The benchmarks run; and, of the large trees, what the compiled programs must and must not hold."""
+"""The benchmarks run."""
 
 import json
 import re
@@ -24,14 +24,18 @@ def test_trees_have_the_sizes_that_are_told():
 def test_turns():
     calls = []
     times = measure.in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
-    assert [set(calls[i:i + 2]) for i in range(0, 8, 2)] == [{"a", "b"}] * 4  # in any order, but each once in a round
+    assert [set(calls[i:i + 2])
+            for i in range(0, 8, 2)] == [{"a", "b"}] * 4  # in any order, but each once in a round
     assert len(calls) == 8
     assert set(times) == {"a", "b"}
 
 
 def test_the_limit_is_that_of_the_best_triad():
-    rows = [measure.Row("step", "lion", "mlp", "lionax", 1000, 2.0, of_limit=0.5), measure.Row("eager", "lion", "mlp", "lionax", 1000, 2.0),
-            measure.Row("step", "lion", "mlp", "triad", 1000, 1.0, of_limit=2.0)]
+    rows = [
+        measure.Row("step", "lion", "mlp", "lionax", 1000, 2.0, of_limit=0.5),
+        measure.Row("eager", "lion", "mlp", "lionax", 1000, 2.0),
+        measure.Row("step", "lion", "mlp", "triad", 1000, 1.0, of_limit=2.0)
+    ]
     scaled, best = measure.to_best_triad(rows, 6e6)
     assert best == 12e6  # 12 bytes for each of 1000 elements in a millisecond
     assert [row.of_limit for row in scaled] == [0.25, None, 1.0]
@@ -40,7 +44,10 @@ def test_the_limit_is_that_of_the_best_triad():
 
 def test_the_command_writes_a_table_pictures_and_json(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(trees.QUICK, "mlp", lambda: trees.mlp(1, 64))
-    command.main(["--quick", "--trees", "mlp", "--cases", "lion;lamb", "--steps-only", "--out", str(tmp_path)])
+    command.main([
+        "--quick", "--trees", "mlp", "--cases", "lion;lamb", "--steps-only", "--out",
+        str(tmp_path)
+    ])
     record = json.loads((tmp_path / "results.json").read_text())
     assert {(row["case"], row["contender"]) for row in record["rows"]} >= {
         (case, name) for case in ("lion", "lamb") for name in ("lionax", "Optax", "Keras 3")}
@@ -57,10 +64,13 @@ def test_bad_options(capsys):
     assert "--trees: oak: give some of gpt2" in capsys.readouterr().err
 
 
-# Loops that write an array as large as the leaf, for each large leaf: the parameter, the slots, and LAMB's update.
+# Loops that write an array as large as the leaf, for each large leaf: the parameter, the slots, and
+# LAMB's update.
 STRUCTURE = {
-    "lion": (lambda: lionax.lion(1e-3), 2, 0), "clip": (lambda: lionax.chain(lionax.clip_by_global_norm(1.0), lionax.lion(1e-3)), 2, 0),
-    "bfloat16": (lambda: lionax.lion(1e-3, mu_dtype="bfloat16"), 2, 0), "lamb": (lambda: lionax.lamb(1e-3), 4, 2),
+    "lion": (lambda: lionax.lion(1e-3), 2, 0),
+    "clip": (lambda: lionax.chain(lionax.clip_by_global_norm(1.0), lionax.lion(1e-3)), 2, 0),
+    "bfloat16": (lambda: lionax.lion(1e-3, mu_dtype="bfloat16"), 2, 0),
+    "lamb": (lambda: lionax.lamb(1e-3), 4, 2),
     "sgd": (lambda: lionax.sgd(1e-3, 0.9), 2, 0),
 }
 
@@ -79,7 +89,8 @@ def test_structure_of_the_compiled_step(name):
     text = program.as_text()
     entry = text[text.index("\nENTRY"):]
     # Copies of small leaves cost less than an order.
-    copies = [line for line in entry.splitlines() if re.search(r"= f32\[\d+,\d+\]\S* copy(-start)?\(", line)]
+    copies = [line for line in entry.splitlines() if re.search(r"= f32\[\d+,\d+\]\S* "
+                                                               r"copy(-start)?\(", line)]
     assert not copies
     tokens = re.findall(r"= (?:f32|bf16)\[16000,768\]\S* (?:fusion|call)\(", entry)
     assert len(tokens) == loops
@@ -89,6 +100,9 @@ def test_structure_of_the_compiled_step(name):
 
 
 def test_cases_are_complete():
-    assert {"lion", "clip_by_global_norm, lion", "lion, mu_dtype=bfloat16", "lamb", "sgd, momentum"} <= set(peers.CASES)
+    assert {
+        "lion", "clip_by_global_norm, lion", "lion, mu_dtype=bfloat16", "lamb", "sgd, "
+        "momentum"
+    } <= set(peers.CASES)
     for case in peers.CASES.values():
         assert {"lionax", "Optax"} <= set(case.available())

@@ -13,15 +13,18 @@ from test_golden import CONFIG, ENTRIES, GOLDEN, split
 import lionax
 from lionax.compat import dtensor, keras2, keras3, keras_schedules, tf_models
 
-CONSTRUCTORS = {"tf_keras2_lion": keras2.Lion, "tf_keras2_sgd": keras2.SGD, "dtensor_sgd_tf212": dtensor.SGD,
-                "dtensor_sgd_tf213": keras2.SGD, "keras3_lion": keras3.Lion, "keras3_sgd": keras3.SGD, "keras3_lamb": keras3.Lamb,
-                "tfm_lamb": tf_models.LAMB}
+CONSTRUCTORS = {
+    "tf_keras2_lion": keras2.Lion, "tf_keras2_sgd": keras2.SGD, "dtensor_sgd_tf212": dtensor.SGD,
+    "dtensor_sgd_tf213": keras2.SGD, "keras3_lion": keras3.Lion, "keras3_sgd": keras3.SGD,
+    "keras3_lamb": keras3.Lamb, "tfm_lamb": tf_models.LAMB
+}
 SLOTS = {"momentum": "mu", "velocity": "nu", "m": "mu", "v": "nu", "ema": "params_ema"}
 
 
 def exempt(entry):
-    """A function of no arguments is refused, gradients are dense in JAX, and names are fixed when an optimizer is made."""
-    return (entry["ctor"].get("learning_rate") == {"callable": "counter"} or "sparse_gradients_for" in entry)
+    """A function of no arguments is refused; gradients are dense in JAX."""
+    return (entry["ctor"].get("learning_rate") == {"callable": "counter"} or
+            "sparse_gradients_for" in entry)
 
 
 def make(entry):
@@ -42,7 +45,11 @@ def make(entry):
     return CONSTRUCTORS[entry["system"]](**arguments)
 
 
-OURS = {name: entry for name, entry in ENTRIES.items() if entry["system"] in CONSTRUCTORS and not exempt(entry)}
+OURS = {
+    name: entry
+    for name, entry in ENTRIES.items()
+    if entry["system"] in CONSTRUCTORS and not exempt(entry)
+}
 REPLAYED = [name for name, entry in OURS.items() if entry["file"]]
 REFUSED = [name for name, entry in OURS.items() if not entry["file"]]
 
@@ -64,24 +71,29 @@ def slot(state, name, entry):
 
 
 def assert_close(actual, trace, call, tolerance, where):
-    """To a fraction of the greatest magnitude that the leaf has had so far: a sum that cancels keeps the rounding of its terms."""
+    """To a fraction of the leaf's greatest magnitude so far: a sum that cancels keeps roundings."""
     largest = split(np.fmax.reduce(np.abs(trace[: call + 1])))
     for leaf, values in split(trace[call]).items():
         atol = tolerance * np.nanmax(np.abs(largest[leaf]), initial=1e-30)
-        np.testing.assert_allclose(np.asarray(actual[leaf]), values, rtol=0, atol=atol, err_msg=f"{leaf}: {where}")
+        np.testing.assert_allclose(np.asarray(actual[leaf]), values, rtol=0, atol=atol,
+                                   err_msg=f"{leaf}: {where}")
 
 
 def inputs(entry, trace, call, state):
     """The state and the gradients with which a recorded call was made."""
     absent = entry.get("none_gradient", {}).get(str(call), [])
-    grads = {leaf: None if leaf in absent else jnp.asarray(values) for leaf, values in split(trace["grad"][call]).items()}
+    grads = {
+        leaf: None if leaf in absent else jnp.asarray(values)
+        for leaf, values in split(trace["grad"][call]).items()
+    }
     if call == entry.get("lr_assign", {}).get("before_call"):
         state = lionax.set_hyperparams(state, learning_rate=entry["lr_assign"]["value"])
     return state, grads
 
 
 @pytest.mark.parametrize("mode", ["jitted step", *(pytest.param(mode, marks=pytest.mark.slow)
-                                                   for mode in ("jitted update", "step", "update"))])
+                                                   for mode in ("jitted "
+                                                                "update", "step", "update"))])
 @pytest.mark.parametrize("name", REPLAYED)
 def test_replay(name, mode):
     entry = OURS[name]
@@ -101,8 +113,10 @@ def test_replay(name, mode):
         params, state = step(params, *inputs(entry, trace, call, state))
         assert_close(params, trace["param"], call, tolerance, f"after call {call}")
         for key in entry.get("slots", []):
-            if f"slot/{key}" in trace and not (key == "momentum" and "sgd" in name and not entry["ctor"].get("momentum")):
-                assert_close(slot(state, key, entry), trace[f"slot/{key}"], call, tolerance, f"{key} after call {call}")
+            if f"slot/{key}" in trace and not (key == "momentum" and "sgd" in name and
+                                               not entry["ctor"].get("momentum")):
+                assert_close(slot(state, key, entry), trace[f"slot/{key}"], call, tolerance,
+                             f"{key} after call {call}")
     if "final" in trace and entry["ctor"].get("use_ema"):
         assert_close(lionax.averaged_params(state), trace["final"][None], 0, tolerance, "final")
 
@@ -127,7 +141,8 @@ def test_equal_calls_are_equal():
         assert hash(constructor(schedule)) == hash(constructor(again))
 
 
-@pytest.mark.parametrize("bad", ["bias", {"names": ["bias"]}, {"var_names": "bias"}, {"var_list": [3]}])
+@pytest.mark.parametrize("bad",
+                         ["bias", {"names": ["bias"]}, {"var_names": "bias"}, {"var_list": [3]}])
 def test_bad_exclusions(bad):
     with pytest.raises((ValueError, TypeError), match="exclude_from_weight_decay"):
         keras2.Lion(weight_decay=0.1, exclude_from_weight_decay=bad)
@@ -155,10 +170,14 @@ def test_keras_configs_there_and_back(name):
     recorded = expected.pop("learning_rate")  # Keras keeps it in float32
     assert made == expected
     if isinstance(rate, dict):
-        assert keras3.from_config({"learning_rate": rate}) == keras3.from_config({"learning_rate": recorded})
+        assert keras3.from_config({"learning_rate": rate
+                                   }) == keras3.from_config({"learning_rate": recorded})
     else:
         assert rate == pytest.approx(recorded, rel=1e-7)
-    serialized = {"module": "keras.optimizers", "class_name": type_of(entry), "config": entry["get_config"], "registered_name": None}
+    serialized = {
+        "module": "keras.optimizers", "class_name": type_of(entry), "config": entry["get_config"],
+        "registered_name": None
+    }
     assert keras3.from_config(serialized) == tx
 
 
@@ -167,12 +186,19 @@ def type_of(entry):
 
 
 @pytest.mark.parametrize(("config", "message"), [
-    (3, "is not a dict"), ({"class_name": "Adam", "config": {}}, "class_name='Adam'"), ({"class_name": "Lion"}, "config=None"),
-    ({"learning_rate": 0.1, "foo": 1}, "Lion.foo is not accepted"), ({"learning_rate": "0.1"}, "Lion.learning_rate='0.1'"),
-    ({"learning_rate": {"class_name": "os.system", "config": {}}}, "learning_rate: class_name='os.system'"),
-    ({"learning_rate": {"class_name": "CosineDecay", "config": {"steps": 1}}}, "CosineDecay.steps is not accepted"),
+    (3, "is not a dict"),
+    ({"class_name": "Adam", "config": {}}, "class_name='Adam'"),
+    ({"class_name": "Lion"}, "config=None"),
+    ({"learning_rate": 0.1, "foo": 1}, "Lion.foo is not accepted"),
+    ({"learning_rate": "0.1"}, "Lion.learning_rate='0.1'"),
+    ({"learning_rate": {"class_name": "os.system", "config": {}}}, "learning_rate: "
+     "class_name='os.system'"),
+    ({"learning_rate": {"class_name": "CosineDecay", "config": {"steps": 1}}}, "CosineDecay.steps "
+     "is not accepted"),
     ({"learning_rate": {"class_name": "CosineDecay", "config": {}}}, "CosineDecay: .*missing"),
-    ({"beta_1": 0.0}, "beta_1=0.0"), ({"exclude_from_weight_decay": None}, "exclude_from_weight_decay is not accepted"),
+    ({"beta_1": 0.0}, "beta_1=0.0"),
+    ({"exclude_from_weight_decay": None}, "exclude_from_weight_decay "
+     "is not accepted"),
 ])
 def test_bad_keras_configs(config, message):
     with pytest.raises(ValueError, match=message):

@@ -30,8 +30,9 @@ def test_a_step_compiles_with_the_options_and_copies_nothing():
     assert temporaries({}) >= PARAMS["w"].nbytes
 
 
-@pytest.mark.parametrize(("version", "takes"), [("0.10.2", True), ("0.12.0.1", True), ("0.9.1", False),
-                                                ("0.13.0", False), ("1.0.0.dev1", False)])
+@pytest.mark.parametrize(("version", "takes"), [("0.10.2", True), ("0.12.0.1", True),
+                                                ("0.9.1", False), ("0.13.0", False),
+                                                ("1.0.0.dev1", False)])
 def test_the_version_decides(version, takes, monkeypatch):
     monkeypatch.setattr(jaxlib.version, "__version__", version)
     assert bool(lionax.compiler_options()) == takes
@@ -53,7 +54,7 @@ def test_the_flags_of_a_process_do_the_same():
             "p, tx = jnp.ones((64, 32)), lionax.lion(1e-3)\n"
             "step = jax.jit(tx.step, donate_argnums=(0, 1)).lower(p, tx.init(p), p).compile()\n"
             "print(step.memory_analysis().temp_size_in_bytes)")
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                            env={**os.environ, "XLA_FLAGS": FLAGS})
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                            check=True, env={**os.environ, "XLA_FLAGS": FLAGS})
     assert int(result.stdout) < 1024
     assert all(flag in lionax.compiler_options.__doc__ for flag in FLAGS.split())

@@ -60,7 +60,8 @@ def test_scaled_gradients_give_the_step_of_true_ones():
     true = jax.tree.map(lambda p: p * 1e-8, PARAMS)
     assert float(true["b"][0].astype(jnp.float16)) == 0.0
     scaled = jax.tree.map(lambda g: (g * 2.0**15).astype(jnp.float16), true)
-    for tx in (lionax.dynamic_loss_scale(lionax.sgd(1e8)), lionax.chain(lionax.unscale(2.0**15), lionax.sgd(1e8))):
+    for tx in (lionax.dynamic_loss_scale(lionax.sgd(1e8)),
+               lionax.chain(lionax.unscale(2.0**15), lionax.sgd(1e8))):
         params, _ = tx.step(PARAMS, tx.init(PARAMS), scaled)
         np.testing.assert_allclose(params["w"], PARAMS["w"] - 1e8 * true["w"], atol=2e-3)
 
@@ -69,7 +70,8 @@ def test_devices_decide_alike():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("x")
     tx = lionax.skip_nonfinite(lionax.sgd(1.0), 3)
-    update = jax.shard_map(lambda g: tx.update(g, tx.init(g))[0], mesh=mesh, in_specs=spec, out_specs=spec)
+    update = jax.shard_map(lambda g: tx.update(g, tx.init(g))[0], mesh=mesh, in_specs=spec,
+                           out_specs=spec)
     assert update(jnp.ones(8).at[3].set(jnp.inf)).tolist() == [0.0] * 8
     assert update(jnp.ones(8)).tolist() == [-1.0] * 8
 
@@ -77,11 +79,13 @@ def test_devices_decide_alike():
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: lionax.unscale(0.0), "unscale: factor=0"),
     (lambda: lionax.skip_nonfinite(lionax.lion(0.1), 0), "skip_nonfinite: max_consecutive=0"),
-    (lambda: lionax.dynamic_loss_scale(lionax.lion(0.1), 0.0), "dynamic_loss_scale: initial_scale=0"),
+    (lambda: lionax.dynamic_loss_scale(lionax.lion(0.1), 0.0), "dynamic_loss_scale: "
+     "initial_scale=0"),
     (lambda: lionax.dynamic_loss_scale(lionax.lion(0.1), growth_interval=0), "growth_interval=0"),
     (lambda: lionax.dynamic_loss_scale(lionax.lion(0.1), growth_factor=0.5), "growth_factor=0.5"),
     (lambda: lionax.dynamic_loss_scale(lionax.lion(0.1), backoff_factor=2.0), "backoff_factor=2.0"),
-    (lambda: lionax.dynamic_loss_scale(lionax.lion(0.1), min_scale=4.0, max_scale=2.0), "max_scale=2.0"),
+    (lambda: lionax.dynamic_loss_scale(lionax.lion(0.1), min_scale=4.0, max_scale=2.0),
+     "max_scale=2.0"),
 ])
 def test_bad_arguments(make, message):
     with pytest.raises(ValueError, match=message):
@@ -90,7 +94,8 @@ def test_bad_arguments(make, message):
 
 def test_what_follows_a_gate_may_change_its_state():
     """Some of Optax's do; only what changes no update is compiled into the ways of a gate."""
-    tx = lionax.partition({"a": lionax.skip_nonfinite(lionax.sgd(0.1), 5), "b": optax.adamw(0.1)}, {"x": "a", "y": "b"})
+    tx = lionax.partition({"a": lionax.skip_nonfinite(lionax.sgd(0.1), 5), "b": optax.adamw(0.1)},
+                          {"x": "a", "y": "b"})
     params = {"x": jnp.ones(2), "y": jnp.ones(2, jnp.bfloat16)}
     with jax.numpy_dtype_promotion("standard"):
         new, _ = jax.jit(tx.step)(params, tx.init(params), {"x": jnp.ones(2), "y": jnp.ones(2)})
@@ -102,8 +107,10 @@ def test_a_program_grows_with_the_gates_no_faster_than_they():
     sizes = []
     for groups in (1, 2, 4):
         params = {str(i): jnp.ones(3) for i in range(groups)}
-        tx = lionax.partition(dict.fromkeys(params, lionax.accumulate(lionax.sgd(0.1), 2)), {name: name for name in params})
-        sizes.append(len(jax.jit(tx.step).lower(params, tx.init(params), params).as_text().splitlines()))
+        tx = lionax.partition(dict.fromkeys(params, lionax.accumulate(lionax.sgd(0.1), 2)),
+                              {name: name for name in params})
+        sizes.append(
+            len(jax.jit(tx.step).lower(params, tx.init(params), params).as_text().splitlines()))
     assert sizes[2] - sizes[1] < 2.5 * (sizes[1] - sizes[0])
 
 
@@ -114,11 +121,13 @@ def test_parameters_that_come_to_differ_between_devices(make):
     tx, params = make(), jnp.ones(4)
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec
-    step = jax.shard_map(lambda p, s, g: jax.lax.psum(tx.step(p, s, g)[0], "d"), mesh=mesh, in_specs=(spec(), spec(), spec("d")),
-                         out_specs=spec())
+    step = jax.shard_map(lambda p, s, g: jax.lax.psum(tx.step(p, s, g)[0], "d"), mesh=mesh,
+                         in_specs=(spec(), spec(), spec("d")), out_specs=spec())
     grads = jnp.arange(32.0)
     scale = float(getattr(tx.init(params).rules, "loss_scale", 1.0))
-    np.testing.assert_allclose(jax.jit(step)(params, tx.init(params), grads), 8 - 0.1 * grads.reshape(8, 4).sum(0) / scale, rtol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(step)(params, tx.init(params), grads), 8 - 0.1 * grads.reshape(8, 4).sum(0) / scale,
+        rtol=1e-5)
 
 
 class Kept(NamedTuple):

@@ -25,8 +25,9 @@ def over(*names, slow=()):
 
 def structure(state):
     """Shapes, dtypes and containers, as the compiler sees them."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=leaf.weak_type),
-                        jax.eval_shape(lambda: state))
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=leaf.weak_type),
+        jax.eval_shape(lambda: state))
 
 
 @EVERY_CASE
@@ -120,7 +121,8 @@ def test_equal_definitions_are_equal_objects(case):
 
 def _picklable(case):
     """Functions that are local to another cannot be pickled; a schedule of Optax's is one."""
-    return "schedule" not in case and case not in ("chain_foreign", "sgd_nesterov", "lion_decoupled", "lamb_decay_mask")
+    return "schedule" not in case and case not in ("chain_foreign", "sgd_nesterov",
+                                                   "lion_decoupled", "lamb_decay_mask")
 
 
 @pytest.mark.parametrize("case", [case for case in cases.CASES if _picklable(case)])
@@ -132,7 +134,8 @@ def test_pickles(case):
     assert repr(again) == repr(tx)
 
 
-@pytest.mark.parametrize("case", [name for name in cases.CASES if "<function" not in repr(cases.CASES[name].make())])
+@pytest.mark.parametrize(
+    "case", [name for name in cases.CASES if "<function" not in repr(cases.CASES[name].make())])
 def test_repr_is_the_call(case):
     tx = cases.CASES[case].make()
     assert eval(repr(tx), vars(lionax).copy()) == tx
@@ -140,7 +143,9 @@ def test_repr_is_the_call(case):
 
 def test_repr_leaves_defaults_out():
     assert repr(lionax.lion(1e-3)) == "lion(learning_rate=0.001)"
-    assert repr(lionax.lion(1e-3, 0.9, mask=lionax.matching("bias"))) == "lion(learning_rate=0.001, mask=matching('bias'))"
+    assert repr(lionax.lion(
+        1e-3, 0.9,
+        mask=lionax.matching("bias"))) == "lion(learning_rate=0.001, mask=matching('bias'))"
     assert repr(lionax.chain(lionax.clip(1.0), lionax.lion(lionax.inject(1e-3)))) == (
         "chain(clip(max_delta=1.0), lion(learning_rate=inject(0.001)))")
 
@@ -206,7 +211,8 @@ def test_permuting_leaves_permutes_results(case):
         return {name: p[rename[name]] for name in params}
 
     # A norm over the tree is summed in the order of the leaves.
-    cases.assert_close(run(turned), run({name: name for name in params}), rtol=1e-6 if "chain" in case or "global" in case else 0)
+    cases.assert_close(run(turned), run({name: name for name in params}),
+                       rtol=1e-6 if "chain" in case or "global" in case else 0)
 
 
 @EVERY_CASE
@@ -222,7 +228,8 @@ def test_scalars_never_change_a_dtype(case):
     params = {name: jnp.ones((4, 3), dtype) for name, dtype in dtypes.items()}
     tx = cases.CASES[case].make()
     updates, _ = jax.eval_shape(tx.update, params, tx.init(params), params)
-    assert {name: leaf.dtype for name, leaf in updates.items()} == {name: leaf.dtype for name, leaf in params.items()}
+    assert {name: leaf.dtype for name, leaf in updates.items()
+            } == {name: leaf.dtype for name, leaf in params.items()}
 
 
 @EVERY_CASE
@@ -242,7 +249,9 @@ def test_float64(case):
         np.testing.assert_allclose(updates["w"], rounded["w"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("make", [lionax.lion, lionax.lamb, lambda lr: lionax.sgd(lr, 0.9), lionax.scale_by_learning_rate])
+@pytest.mark.parametrize(
+    "make",
+    [lionax.lion, lionax.lamb, lambda lr: lionax.sgd(lr, 0.9), lionax.scale_by_learning_rate])
 def test_learning_rates_can_be_mapped_and_differentiated(make):
     params, grads = jnp.array([1.0, -2.0]), jnp.array([0.5, 0.25])
 
@@ -251,6 +260,7 @@ def test_learning_rates_can_be_mapped_and_differentiated(make):
         return tx.step(params, tx.init(params), grads)[0]
 
     rates = jnp.array([0.1, 0.2, 0.4])
-    cases.assert_close(jax.vmap(train)(rates), jnp.stack([train(float(rate)) for rate in rates]), rtol=1e-6)
+    cases.assert_close(
+        jax.vmap(train)(rates), jnp.stack([train(float(rate)) for rate in rates]), rtol=1e-6)
     slope = jax.jacobian(train)(0.1)
     np.testing.assert_allclose(slope, (train(0.2) - train(0.1)) / np.float32(0.1), rtol=1e-4)

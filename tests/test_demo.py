@@ -48,13 +48,16 @@ def test_learning_rates_come_from_the_recorded_sweep():
 
 def test_demo(tmp_path):
     out = tmp_path / "curves.png"
-    result = subprocess.run(demo("--optimizers", "lion,lamb,sgd,adamw", "--steps", "30", "--out", str(out)), env=ENVIRONMENT,
-                            capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        demo("--optimizers", "lion,lamb,sgd,adamw", "--steps", "30", "--out", str(out)),
+        env=ENVIRONMENT, capture_output=True, text=True, check=True)
     for name in command.CHOICES:
-        bits, step, _, state = re.search(rf"│ {name} +│ +([\d.]+) │ +(\d+) │ +([\d.]+) │ +([\d.]+) │", result.stdout).groups()
+        row = rf"│ {name} +│ +([\d.]+) │ +(\d+) │ +([\d.]+) │ +([\d.]+) │"
+        bits, step, _, state = re.search(row, result.stdout).groups()
         assert float(bits) < 6.0
         assert step == "30"
-        assert float(state) == pytest.approx({"lion": 4, "lamb": 8, "sgd": 4, "adamw": 8}[name], abs=0.1)
+        assert float(state) == pytest.approx({"lion": 4, "lamb": 8, "sgd": 4, "adamw": 8}[name],
+                                             abs=0.1)
     assert "bigram entropy" in result.stdout
     assert imread(out).shape[0] > 300
 
@@ -71,7 +74,10 @@ def test_an_interrupt_leaves_the_partial_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(training, "train", interrupted)
     monkeypatch.setenv("COLUMNS", "120")
     with jax.numpy_dtype_promotion("standard"):
-        status = command.main(["demo", "--optimizers", "sgd,adamw,lion", "--steps", "50", "--out", str(tmp_path / "curves.png")])
+        status = command.main([
+            "demo", "--optimizers", "sgd,adamw,lion", "--steps", "50", "--out",
+            str(tmp_path / "curves.png")
+        ])
     assert status == 130
     shown = capsys.readouterr().out
     assert "Interrupted" in shown
@@ -83,8 +89,9 @@ def test_an_interrupt_leaves_the_partial_table(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_an_interrupt_at_any_time_leaves_no_traceback(tmp_path):
-    process = subprocess.Popen(demo("--steps", "100000", "--out", str(tmp_path / "curves.png")), env=ENVIRONMENT, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(demo("--steps", "100000", "--out",
+                                    str(tmp_path / "curves.png")), env=ENVIRONMENT,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         time.sleep(12)
         process.send_signal(signal.SIGINT)
@@ -97,7 +104,8 @@ def test_an_interrupt_at_any_time_leaves_no_traceback(tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--optimizers", "adam"], "adam: give some of lion,lamb,sgd,adamw"), (["--steps", "0"], "'0' is not a number of steps"),
+    (["--optimizers", "adam"], "adam: give some of lion,lamb,sgd,adamw"),
+    (["--steps", "0"], "'0' is not a number of steps"),
     (["--out", "no/such/folder.png"], "does not exist")])
 def test_bad_options(arguments, message, capsys):
     with pytest.raises(SystemExit) as exit_:
@@ -120,8 +128,8 @@ def test_without_the_extra_the_remedy_is_told(monkeypatch):
 
 @pytest.mark.slow
 def test_the_model_learns_more_than_pairs(tmp_path):
-    result = subprocess.run(demo("--out", str(tmp_path / "curves.png")), env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    result = subprocess.run(demo("--out", str(tmp_path / "curves.png")), env=ENVIRONMENT,
+                            capture_output=True, text=True, check=True)
     entropy = float(re.search(r"bigram entropy\) +│ +([\d.]+)", result.stdout).group(1))
     for name in ("lion", "adamw"):
         assert float(re.search(rf"│ {name} +│ +([\d.]+) ", result.stdout).group(1)) < entropy
-

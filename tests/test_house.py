@@ -16,7 +16,10 @@ import lionax
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "lionax"
-MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path for path in PACKAGE.rglob("*.py")}
+MODULES = {
+    path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path
+    for path in PACKAGE.rglob("*.py")
+}
 
 # From the bottom up: a module imports only from those before it.
 ORDER = ["core.__init__", "core.tree", "core.storage", "core.varying", "core.norms",
@@ -33,8 +36,10 @@ ORDER = ["core.__init__", "core.tree", "core.storage", "core.varying", "core.nor
 OWN = [name for name in ORDER if name.startswith(("core", "transforms"))]
 OWN += ["optimizers", "compiler", "monitoring"]  # the library without frameworks and other systems
 CORE = [*OWN, "config"]
-MAKERS = [name for name in lionax.__all__ if getattr(getattr(lionax, name), "__annotations__", {}).get("return") is lionax.Transformation
-          and name != "from_config"]
+MAKERS = [
+    name for name in lionax.__all__ if getattr(getattr(lionax, name), "__annotations__", {}).get(
+        "return") is lionax.Transformation and name != "from_config"
+]
 
 
 def tree(name):
@@ -45,11 +50,14 @@ def imported(name):
     """The modules of lionax that a module imports, anywhere in it."""
     found = set()
     for node in ast.walk(tree(name)):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "lionax":
+        if isinstance(node,
+                      ast.ImportFrom) and node.module and node.module.split(".")[0] == "lionax":
             inside = node.module.removeprefix("lionax").removeprefix(".")
             for alias in node.names:
                 full = f"{inside}.{alias.name}".removeprefix(".")
-                found.add(next((m for m in (full, f"{full}.__init__", inside, f"{inside}.__init__") if m in MODULES), "__init__"))
+                found.add(
+                    next((m for m in (full, f"{full}.__init__", inside, f"{inside}.__init__")
+                          if m in MODULES), "__init__"))
         elif isinstance(node, ast.Import):
             found.update("__init__" for alias in node.names if alias.name == "lionax")
     return found
@@ -57,7 +65,8 @@ def imported(name):
 
 def exported(name):
     for node in tree(name).body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else node.target if isinstance(node, ast.AnnAssign) else None
+        target = node.targets[0] if isinstance(
+            node, ast.Assign) else node.target if isinstance(node, ast.AnnAssign) else None
         if isinstance(target, ast.Name) and target.id == "__all__":
             return ast.literal_eval(node.value)
     return None
@@ -94,7 +103,8 @@ def test_sizes():
     assert sum(len(lines(MODULES[name])) for name in OWN) <= 2600
 
 
-SOURCES = sorted(path for folder in ("lionax", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
+SOURCES = sorted(path for folder in ("lionax", "tests", "benchmarks")
+                 for path in (ROOT / folder).rglob("*.py"))
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -106,7 +116,8 @@ def test_files_lines_and_functions_have_a_limit(path):
         if isinstance(node, ast.FunctionDef):
             documentation = node.body[0] if ast.get_docstring(node) else None
             size = node.end_lineno - node.lineno + 1
-            size -= 0 if documentation is None else documentation.end_lineno - documentation.lineno + 1
+            if documentation is not None:
+                size -= documentation.end_lineno - documentation.lineno + 1
             assert size <= 45, node.name
 
 
@@ -118,16 +129,26 @@ def test_every_public_name_is_exported_once():
     homes = {}
     for module in CORE:
         for name in exported(module):
-            assert homes.setdefault(name, module) == module, f"{name} is in {homes[name]} and {module}"
+            assert homes.setdefault(name,
+                                    module) == module, f"{name} is in {homes[name]} and {module}"
     assert set(lionax.__all__) <= set(homes)
     assert lionax.__all__ == sorted(lionax.__all__)
 
 
 PUBLIC = {name: getattr(lionax, name) for name in lionax.__all__ if name != "Scalar"}
-PUBLIC |= {name: getattr(lionax.compat, name) for name in lionax.compat.__all__ if name.endswith(("_optax", "_weights"))}
-for system in (lionax.compat.keras2, lionax.compat.keras3, lionax.compat.dtensor, lionax.compat.tf_models):
+PUBLIC |= {
+    name: getattr(lionax.compat, name)
+    for name in lionax.compat.__all__
+    if name.endswith(("_optax", "_weights"))
+}
+for system in (lionax.compat.keras2, lionax.compat.keras3, lionax.compat.dtensor,
+               lionax.compat.tf_models):
     functions = ("Lion", "SGD", "Lamb", "LAMB", "from_config", "to_config")
-    PUBLIC |= {f"{system.__name__}.{name}": getattr(system, name) for name in functions if hasattr(system, name)}
+    PUBLIC |= {
+        f"{system.__name__}.{name}": getattr(system, name)
+        for name in functions
+        if hasattr(system, name)
+    }
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -155,15 +176,17 @@ def test_state_fields_are_commented():
     for module in CORE:
         source = MODULES[module].read_text().splitlines()
         for node in ast.walk(tree(module)):
-            if isinstance(node, ast.ClassDef) and any(getattr(base, "id", "") == "NamedTuple" for base in node.bases):
+            if isinstance(node, ast.ClassDef) and any(
+                    getattr(base, "id", "") == "NamedTuple" for base in node.bases):
                 for field in node.body:
                     if isinstance(field, ast.AnnAssign):
-                        assert "  # " in source[field.lineno - 1], f"{module}.{node.name}: {source[field.lineno - 1]}"
+                        assert "  # " in source[
+                            field.lineno - 1], f"{module}.{node.name}: {source[field.lineno - 1]}"
 
 
 def run(code, **environment):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT,
-                          env={**os.environ, **environment})
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
+                          cwd=ROOT, env={**os.environ, **environment})
 
 
 def test_importing_touches_no_device_and_no_optional_package():

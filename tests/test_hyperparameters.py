@@ -17,9 +17,16 @@ def structure(state):
     return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
 
 
-@pytest.mark.parametrize("make", [lionax.lion, lionax.lamb, lionax.sgd, lionax.scale_by_learning_rate])
+@pytest.mark.parametrize("make",
+                         [lionax.lion, lionax.lamb, lionax.sgd, lionax.scale_by_learning_rate])
 def test_the_same_state_tree_for_every_kind_of_learning_rate_and_mask(make):
-    kinds = [0.1, np.float32(0.1), jnp.float32(0.1), optax.constant_schedule(0.1), cases.SCHEDULE, lionax.inject(0.1)]
+    kinds = [
+        0.1,
+        np.float32(0.1),
+        jnp.float32(0.1),
+        optax.constant_schedule(0.1), cases.SCHEDULE,
+        lionax.inject(0.1)
+    ]
     trees = [structure(make(rate).init(PARAMS)) for rate in kinds]
     assert all(tree == trees[0] for tree in trees)
     if make is not lionax.scale_by_learning_rate:
@@ -28,8 +35,16 @@ def test_the_same_state_tree_for_every_kind_of_learning_rate_and_mask(make):
     make(cases.SCHEDULE).update(GRADS, restored, PARAMS)
 
 
-@pytest.mark.parametrize("scalar", [0.25, np.float32(0.25), np.float64(0.25), jnp.float32(0.25), jnp.bfloat16(0.25),
-                                    np.array(0.25), optax.constant_schedule(0.25), lambda step: jnp.bfloat16(0.25), lionax.inject(0.25)])
+@pytest.mark.parametrize("scalar", [
+    0.25,
+    np.float32(0.25),
+    np.float64(0.25),
+    jnp.float32(0.25),
+    jnp.bfloat16(0.25),
+    np.array(0.25),
+    optax.constant_schedule(0.25), lambda step: jnp.bfloat16(0.25),
+    lionax.inject(0.25)
+])
 def test_scalars_of_every_kind(scalar):
     for dtype in (jnp.float32, jnp.bfloat16):
         g = jnp.array([4.0, -8.0], dtype)
@@ -89,13 +104,15 @@ def test_assigning_needs_no_retrace(rate):
 
 def test_assigning_works_under_jit_and_inside_of_optax():
     tx = optax.chain(optax.clip(1.0), lionax.lion(0.5, weight_decay=0.0))
-    state = jax.jit(lambda state, value: lionax.set_hyperparams(state, learning_rate=value))(tx.init(PARAMS), 0.25)
+    state = jax.jit(lambda state, value: lionax.set_hyperparams(state, learning_rate=value))(
+        tx.init(PARAMS), 0.25)
     updates, _ = tx.update(GRADS, state, PARAMS)
     assert updates["w"].tolist() == [-0.25, 0.25]
 
 
 def test_names_shared_by_several_are_qualified():
-    tx = lionax.partition({"head": lionax.sgd(0.1), "body": lionax.sgd(0.2)}, {"a": "head", "b": "body"})
+    tx = lionax.partition({"head": lionax.sgd(0.1), "body": lionax.sgd(0.2)},
+                          {"a": "head", "b": "body"})
     params = {"a": jnp.ones(2), "b": jnp.ones(2)}
     state = tx.init(params)
     held = {name: round(float(value), 3) for name, value in lionax.get_hyperparams(state).items()}
@@ -121,7 +138,8 @@ def test_bad_assignments():
 def test_injected_values_can_be_mapped():
     tx = lionax.lion(0.1, b1=lionax.inject(0.9))
     state = tx.init(PARAMS)
-    states = jax.vmap(lambda rate: lionax.set_hyperparams(state, learning_rate=rate))(jnp.array([0.1, 0.2]))
+    states = jax.vmap(lambda rate: lionax.set_hyperparams(state, learning_rate=rate))(jnp.array(
+        [0.1, 0.2]))
     moved = jax.vmap(lambda state: tx.step(PARAMS, state, GRADS)[0]["w"][0])(states)
     np.testing.assert_allclose(1.0 - moved, [0.1001, 0.2002], rtol=1e-5)
 
@@ -170,7 +188,9 @@ def test_a_donated_state_takes_no_array_of_the_callers_along():
 
 
 def test_occurrences_are_numbered():
-    names = lambda *txs: set(lionax.get_hyperparams(lionax.chain(*txs).init(PARAMS)))  # noqa: E731
+    names = lambda *txs: set(lionax.get_hyperparams(lionax.chain(*txs).init(PARAMS)))
     two = names(lionax.sgd(0.1), lionax.sgd(0.2))
-    assert two == {"scale_by_learning_rate/learning_rate_0", "scale_by_learning_rate/learning_rate_1"}
+    assert two == {
+        "scale_by_learning_rate/learning_rate_0", "scale_by_learning_rate/learning_rate_1"
+    }
     assert names(lionax.clip(1.0), lionax.sgd(0.1), lionax.sgd(0.2)) == two

@@ -18,7 +18,8 @@ X = jnp.asarray(np.random.default_rng(0).normal(size=(32, 4)), jnp.float32)
 Y = jnp.sin(X.sum(axis=1, keepdims=True))
 TXS = {
     "lion": lambda: lionax.lion(3e-3, mask=lionax.not_matching("bias")),
-    "lamb": lambda: lionax.chain(lionax.clip_by_global_norm(1.0), lionax.lamb(1e-2, trust_mask=lionax.matching("kernel"))),
+    "lamb": lambda: lionax.chain(lionax.clip_by_global_norm(1.0),
+                                 lionax.lamb(1e-2, trust_mask=lionax.matching("kernel"))),
     "sgd": lambda: lionax.sgd(cases.SCHEDULE, 0.9, True),
 }
 
@@ -32,7 +33,8 @@ def standard_promotion():
 @pytest.mark.parametrize("name", TXS)
 def test_linen_train_state(name):
     model = nn.Sequential([nn.Dense(16), nn.tanh, nn.Dense(1)])
-    state = TrainState.create(apply_fn=model.apply, params=model.init(jax.random.key(0), X)["params"], tx=TXS[name]())
+    state = TrainState.create(apply_fn=model.apply, params=model.init(jax.random.key(0),
+                                                                      X)["params"], tx=TXS[name]())
 
     def loss(params):
         return jnp.mean((model.apply({"params": params}, X) - Y) ** 2)
@@ -89,7 +91,8 @@ def test_equinox(name):
 
     @eqx.filter_jit
     def train(model, state):
-        loss, grads = eqx.filter_value_and_grad(lambda model: jnp.mean((jax.vmap(model)(X) - Y) ** 2))(model)
+        loss, grads = eqx.filter_value_and_grad(lambda model: jnp.mean((jax.vmap(model)
+                                                                        (X) - Y)**2))(model)
         updates, state = tx.update(grads, state, eqx.filter(model, eqx.is_inexact_array))
         return eqx.apply_updates(model, updates), state, loss
 
@@ -101,13 +104,15 @@ def test_equinox(name):
 
 
 def test_equinox_modules_with_functions_in_them_are_refused_with_the_remedy():
-    with pytest.raises(TypeError, match=r"not an array; keep only arrays in the tree .with Equinox: eqx.filter"):
+    with pytest.raises(TypeError, match=r"not an array; keep only arrays in the tree .with "
+                                        r"Equinox: eqx.filter"):
         lionax.lion(1e-3).init(eqx.nn.MLP(4, 1, 16, 1, key=jax.random.key(0)))
 
 
 def test_orbax_checkpoint_goes_on_where_it_stopped(tmp_path):
     params = {"dense": {"kernel": cases.normal(4, 3), "bias": jnp.zeros(3)}}
-    tx = lionax.chain(lionax.clip_by_global_norm(1.0), lionax.lamb(cases.SCHEDULE), lionax.params_ema(0.9))
+    tx = lionax.chain(lionax.clip_by_global_norm(1.0), lionax.lamb(cases.SCHEDULE),
+                      lionax.params_ema(0.9))
     step = jax.jit(tx.step)
     carry = params, tx.init(params)
     for t in range(3):
@@ -115,6 +120,8 @@ def test_orbax_checkpoint_goes_on_where_it_stopped(tmp_path):
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", carry)
         checkpointer.wait_until_finished()
-        restored = checkpointer.restore(tmp_path / "state", jax.eval_shape(lambda: (params, tx.init(params))))
+        restored = checkpointer.restore(tmp_path / "state",
+                                        jax.eval_shape(lambda: (params, tx.init(params))))
     cases.assert_equal(restored, carry)
-    cases.assert_equal(step(*restored, cases.gradients(params, 3)), step(*carry, cases.gradients(params, 3)))
+    cases.assert_equal(step(*restored, cases.gradients(params, 3)),
+                       step(*carry, cases.gradients(params, 3)))

@@ -16,22 +16,34 @@ os.environ["KERAS_BACKEND"] = "jax"
 import keras
 
 # Keras's variables do not know NumPy's newest protocol; and Keras tells of gradients that are None.
-pytestmark = [pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"),
+pytestmark = [pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy "
+                                         "keyword:DeprecationWarning"),
               pytest.mark.filterwarnings("ignore:Gradients do not exist for variables:UserWarning")]
 standard_promotion = test_compat.standard_promotion
 SHAPES = {"dense/kernel": (5, 3), "dense/bias": (3,), "norm/scale": (4,), "logit": ()}
 STEPS, SWITCH = 25, 10
 
-# The arguments, and what is excluded from decay: the runs that were recorded have one of these at a time, here they meet.
+# The arguments, and what is excluded from decay: the runs that were recorded have one of these at a
+# time, here they meet.
 RUNS = {
     "decay": ({"weight_decay": 0.1}, {}),
-    "exclusions": ({"weight_decay": 0.1, "clipnorm": 0.7}, {"var_names": ["bias", "^sc"], "var_list": ["logit"]}),
-    "average": ({"weight_decay": 0.05, "use_ema": True, "ema_momentum": 0.8, "ema_overwrite_frequency": 3}, {"var_names": ["bias"]}),
-    "accumulation": ({"weight_decay": 0.1, "gradient_accumulation_steps": 3, "global_clipnorm": 1.0}, {"var_names": ["scale"]}),
-    "all_at_once": ({"weight_decay": 0.1, "gradient_accumulation_steps": 2, "clipvalue": 0.5, "use_ema": True, "ema_momentum": 0.7,
-                     "ema_overwrite_frequency": 4, "loss_scale_factor": 8.0}, {"var_names": ["bias"], "var_list": ["norm/scale"]}),
+    "exclusions": ({"weight_decay": 0.1,
+                    "clipnorm": 0.7}, {"var_names": ["bias", "^sc"], "var_list": ["logit"]}),
+    "average": ({
+        "weight_decay": 0.05, "use_ema": True, "ema_momentum": 0.8, "ema_overwrite_frequency": 3
+    }, {"var_names": ["bias"]}),
+    "accumulation": ({
+        "weight_decay": 0.1, "gradient_accumulation_steps": 3, "global_clipnorm": 1.0
+    }, {"var_names": ["scale"]}),
+    "all_at_once": ({
+        "weight_decay": 0.1, "gradient_accumulation_steps": 2, "clipvalue": 0.5, "use_ema": True,
+        "ema_momentum": 0.7, "ema_overwrite_frequency": 4, "loss_scale_factor": 8.0
+    }, {"var_names": ["bias"], "var_list": ["norm/scale"]}),
 }
-SCHEDULE = ("CosineDecay", {"initial_learning_rate": 0.001, "decay_steps": 18, "warmup_target": 0.05, "warmup_steps": 5, "alpha": 0.1})
+SCHEDULE = ("CosineDecay", {
+    "initial_learning_rate": 0.001, "decay_steps": 18, "warmup_target": 0.05, "warmup_steps": 5,
+    "alpha": 0.1
+})
 OPTIMIZERS = {"Lion": {}, "SGD": {"momentum": 0.9, "nesterov": True}, "Lamb": {}}
 
 
@@ -53,7 +65,8 @@ class Reference:
     """A Keras optimizer and its variables."""
 
     def __init__(self, name, arguments, excluded, rate):
-        schedule = getattr(keras.optimizers.schedules, rate[0])(**rate[1]) if isinstance(rate, tuple) else rate
+        schedule = getattr(keras.optimizers.schedules, rate[0])(
+            **rate[1]) if isinstance(rate, tuple) else rate
         self.optimizer = getattr(keras.optimizers, name)(learning_rate=schedule, **arguments)
         self.variables = {}
         for path, value in initial().items():
@@ -61,8 +74,9 @@ class Reference:
             with keras.name_scope("/".join(scopes)) if scopes else keras.name_scope(""):
                 self.variables[path] = keras.Variable(value, name=last)
         if excluded:
-            self.optimizer.exclude_from_weight_decay(var_list=[self.variables[path] for path in excluded.get("var_list", [])],
-                                                     var_names=excluded.get("var_names"))
+            self.optimizer.exclude_from_weight_decay(
+                var_list=[self.variables[path] for path in excluded.get("var_list", [])],
+                var_names=excluded.get("var_names"))
         self.optimizer.build(list(self.variables.values()))
         self.apply = jax.jit(self.optimizer.stateless_apply)
 
@@ -77,7 +91,8 @@ class Reference:
     def step(self, grads):
         held, own = list(self.variables.values()), self.optimizer.variables
         grads = [None if g is None else jnp.asarray(g) for g in grads.values()]
-        params, weights = self.apply([variable.value for variable in own], grads, [variable.value for variable in held])
+        params, weights = self.apply([variable.value for variable in own], grads,
+                                     [variable.value for variable in held])
         for variable, value in zip([*held, *own], [*params, *weights], strict=True):
             variable.assign(value)
 
@@ -90,16 +105,22 @@ def ours(name, arguments, excluded, rate):
 def assert_close(actual, expected, name, where):
     for path, value in expected.items():
         tolerance = (2e-5 if name == "Lamb" else 2e-6) * max(np.max(np.abs(value)), 1.0)
-        np.testing.assert_allclose(np.asarray(actual[path]), value, rtol=0, atol=tolerance, err_msg=f"{path} {where}")
+        np.testing.assert_allclose(np.asarray(actual[path]), value, rtol=0, atol=tolerance,
+                                   err_msg=f"{path} {where}")
 
 
-@pytest.mark.parametrize("rate", [pytest.param(0.02, marks=pytest.mark.slow), SCHEDULE], ids=["number", "schedule"])
-@pytest.mark.parametrize("run", [pytest.param(run, marks=() if run in ("exclusions", "all_at_once") else pytest.mark.slow) for run in RUNS])
+@pytest.mark.parametrize("rate", [pytest.param(0.02, marks=pytest.mark.slow), SCHEDULE],
+                         ids=["number", "schedule"])
+@pytest.mark.parametrize("run", [
+    pytest.param(run, marks=() if run in ("exclusions", "all_at_once") else pytest.mark.slow)
+    for run in RUNS
+])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_side_by_side_and_switched(name, run, rate):
-    """The whole run beside Keras; one that begins in Keras at step 10; and Keras going on from lionax at step 18."""
+    """The run beside Keras; one that comes from Keras at step 10 and goes back at step 18."""
     arguments, excluded = {**OPTIMIZERS[name], **RUNS[run][0]}, RUNS[run][1]
-    reference, tx = Reference(name, arguments, excluded, rate), ours(name, arguments, excluded, rate)
+    reference, tx = Reference(name, arguments, excluded, rate), ours(name, arguments, excluded,
+                                                                     rate)
     step = jax.jit(tx.step)
     params = {path: jnp.asarray(value) for path, value in initial().items()}
     state = tx.init(params)
@@ -108,8 +129,11 @@ def test_side_by_side_and_switched(name, run, rate):
         if call == SWITCH:
             switched = {path: jnp.asarray(value) for path, value in reference.params.items()}
             switched_state = from_weights(tx, switched, reference.weights, list(SHAPES))
-            by_path = {variable.path: np.asarray(variable) for variable in reference.optimizer.variables}
-            jax.tree.map(np.testing.assert_array_equal, from_weights(tx, switched, by_path), switched_state)
+            by_path = {
+                variable.path: np.asarray(variable) for variable in reference.optimizer.variables
+            }
+            jax.tree.map(np.testing.assert_array_equal, from_weights(tx, switched, by_path),
+                         switched_state)
         if call == 18:
             back = Reference(name, arguments, excluded, rate)
             for path, variable in back.variables.items():
@@ -126,9 +150,12 @@ def test_side_by_side_and_switched(name, run, rate):
             assert_close(switched, reference.params, name, f"switched to lionax, after call {call}")
         if back is not None:
             back.step(grads)
-            assert_close(back.params, reference.params, name, f"switched to Keras, after call {call}")
-    for weight, expected in zip(to_weights(tx, state, list(SHAPES)), reference.weights, strict=True):
-        np.testing.assert_allclose(weight, expected, rtol=0, atol=5e-5 * max(np.max(np.abs(expected)), 1.0))
+            assert_close(back.params, reference.params, name, "switched to Keras, after call "
+                                                              f"{call}")
+    for weight, expected in zip(to_weights(tx, state, list(SHAPES)), reference.weights,
+                                strict=True):
+        np.testing.assert_allclose(weight, expected, rtol=0,
+                                   atol=5e-5 * max(np.max(np.abs(expected)), 1.0))
 
 
 def test_an_assigned_learning_rate_is_carried_over():
@@ -154,30 +181,41 @@ SCHEDULES = [
     ("CosineDecay", {"initial_learning_rate": 0.1, "decay_steps": 20, "alpha": 0.2}),
     SCHEDULE,
     ("ExponentialDecay", {"initial_learning_rate": 0.1, "decay_steps": 7, "decay_rate": 0.5}),
-    ("ExponentialDecay", {"initial_learning_rate": 0.1, "decay_steps": 7, "decay_rate": 0.5, "staircase": True}),
+    ("ExponentialDecay",
+     {"initial_learning_rate": 0.1, "decay_steps": 7, "decay_rate": 0.5, "staircase": True}),
     ("InverseTimeDecay", {"initial_learning_rate": 0.1, "decay_steps": 7, "decay_rate": 0.5}),
-    ("InverseTimeDecay", {"initial_learning_rate": 0.1, "decay_steps": 7, "decay_rate": 0.5, "staircase": True}),
+    ("InverseTimeDecay",
+     {"initial_learning_rate": 0.1, "decay_steps": 7, "decay_rate": 0.5, "staircase": True}),
     ("PiecewiseConstantDecay", {"boundaries": [3, 10, 11], "values": [0.1, 0.05, 0.01, 0.001]}),
-    ("PolynomialDecay", {"initial_learning_rate": 0.1, "decay_steps": 9, "end_learning_rate": 0.01, "power": 2.0}),
-    ("PolynomialDecay", {"initial_learning_rate": 0.1, "decay_steps": 9, "end_learning_rate": 0.01, "power": 0.5, "cycle": True}),
+    ("PolynomialDecay",
+     {"initial_learning_rate": 0.1, "decay_steps": 9, "end_learning_rate": 0.01, "power": 2.0}),
+    ("PolynomialDecay", {
+        "initial_learning_rate": 0.1, "decay_steps": 9, "end_learning_rate": 0.01, "power": 0.5,
+        "cycle": True
+    }),
 ]
 
 
 @pytest.mark.parametrize(("name", "arguments"), SCHEDULES)
 def test_schedules(name, arguments):
-    theirs, own = getattr(keras.optimizers.schedules, name)(**arguments), getattr(keras_schedules, name)(**arguments)
+    theirs, own = getattr(keras.optimizers.schedules,
+                          name)(**arguments), getattr(keras_schedules, name)(**arguments)
     for step in range(45):
         expected = np.asarray(theirs(step))
         for value in (own(step), own(jnp.int32(step)), jax.jit(own)(step)):
-            np.testing.assert_allclose(value, expected, rtol=2e-6, atol=1e-9, err_msg=f"at step {step}")
+            np.testing.assert_allclose(value, expected, rtol=2e-6, atol=1e-9, err_msg="at step "
+                                                                                      f"{step}")
 
 
 def test_what_keras_refuses_is_refused():
-    for name, arguments in (("Lion", {"beta_1": 0.0}), ("SGD", {"momentum": 1.5}), ("SGD", {"momentum": 1}),
-                            ("Lion", {"clipnorm": 1.0, "clipvalue": 1.0}), ("Lamb", {"gradient_accumulation_steps": 1}),
-                            ("Lion", {"use_ema": True, "ema_momentum": 1.5}),
-                            ("Lion", {"use_ema": True, "ema_overwrite_frequency": -1}), ("Lion", {"learning_rate": "0.1"})):
+    for name, arguments in (("Lion", {"beta_1": 0.0}), ("SGD", {"momentum": 1.5}),
+                            ("SGD", {"momentum": 1}), ("Lion", {"clipnorm": 1.0, "clipvalue": 1.0}),
+                            ("Lamb", {"gradient_accumulation_steps": 1
+                                      }), ("Lion", {"use_ema": True, "ema_momentum": 1.5}),
+                            ("Lion", {"use_ema": True, "ema_overwrite_frequency": -1
+                                      }), ("Lion", {"learning_rate": "0.1"})):
         with pytest.raises((ValueError, TypeError)):
             getattr(keras.optimizers, name)(**arguments)
-        with pytest.raises((ValueError, TypeError), match=next(iter(arguments)) if len(arguments) == 1 else "."):
+        with pytest.raises((ValueError, TypeError),
+                           match=next(iter(arguments)) if len(arguments) == 1 else "."):
             getattr(keras3, name)(**arguments)

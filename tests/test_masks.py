@@ -36,7 +36,8 @@ CONTAINERS = {
                   ["dense/bias", "dense/kernel", "layers/0/bias", "layers/0/scale"]),
     "nnx_pure_dict": (lambda: nnx.to_pure_dict(nnx.state(Model(), nnx.Param)),
                       ["dense/bias", "dense/kernel", "layers/0/bias", "layers/0/scale"]),
-    "equinox": (equinox_model, ["layers/0/weight", "layers/0/bias", "layers/1/weight", "layers/1/bias"]),
+    "equinox": (equinox_model,
+                ["layers/0/weight", "layers/0/bias", "layers/1/weight", "layers/1/bias"]),
 }
 
 
@@ -46,7 +47,9 @@ def test_paths(name):
     assert lionax.paths(make()) == expected
 
 
-@pytest.mark.parametrize("name", [n for n, (_, expected) in CONTAINERS.items() if any("bias" in path for path in expected)])
+@pytest.mark.parametrize(
+    "name",
+    [n for n, (_, expected) in CONTAINERS.items() if any("bias" in path for path in expected)])
 def test_masks_by_path_act_on_every_container(name):
     params = jax.tree.map(lambda p: jnp.ones_like(p) * 1.0, CONTAINERS[name][0]())
     for mask, biased in ((lionax.matching("bias"), True), (lionax.not_matching("bias"), False)):
@@ -66,15 +69,22 @@ def test_a_mask_is_a_function_of_the_parameters_for_optax_too():
 
 def test_regular_expressions():
     params = {"dense_1": {"kernel": 1.0, "bias": 1.0}, "bias_gate": {"w": 1.0}}
-    assert lionax.matching("bias")(params) == {"dense_1": {"kernel": False, "bias": True}, "bias_gate": {"w": True}}
-    assert lionax.matching(r"(^|/)bias$")(params) == {"dense_1": {"kernel": False, "bias": True}, "bias_gate": {"w": False}}
-    assert lionax.matching(r"dense_\d+/k", "gate")(params) == {"dense_1": {"kernel": True, "bias": False}, "bias_gate": {"w": True}}
+    assert lionax.matching("bias")(params) == {
+        "dense_1": {"kernel": False, "bias": True}, "bias_gate": {"w": True}
+    }
+    assert lionax.matching(r"(^|/)bias$")(params) == {
+        "dense_1": {"kernel": False, "bias": True}, "bias_gate": {"w": False}
+    }
+    assert lionax.matching(r"dense_\d+/k", "gate")(params) == {
+        "dense_1": {"kernel": True, "bias": False}, "bias_gate": {"w": True}
+    }
 
 
 def test_a_pattern_without_a_match_names_the_nearest_paths():
     params = {"dense": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}}
     tx = lionax.lion(1e-3, mask=lionax.not_matching("bais"))
-    with pytest.raises(ValueError, match=r"add_decayed_weights: the regular expression 'bais' .*nearest paths: 'dense/bias'"):
+    with pytest.raises(ValueError, match=r"add_decayed_weights: the regular expression 'bais' "
+                                         r".*nearest paths: 'dense/bias'"):
         tx.init(params)
     with pytest.raises(ValueError, match="bais"):
         jax.jit(lionax.masked(lionax.scale(1.0), lionax.matching("bais")).init)(params)
@@ -116,8 +126,10 @@ PARAMS = {"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, "scale": j
 def test_forms_of_a_mask(mask):
     tx = lionax.masked(lionax.set_to_zero(), mask)
     updates, _ = jax.jit(tx.update)(PARAMS, tx.init(PARAMS), PARAMS)
-    assert {path: float(leaf.sum()) for path, leaf in zip(lionax.paths(updates), jax.tree.leaves(updates), strict=True)} == {
-        "dense/bias": 2.0, "dense/kernel": 0.0, "scale": 0.0}
+    assert {
+        path: float(leaf.sum())
+        for path, leaf in zip(lionax.paths(updates), jax.tree.leaves(updates), strict=True)
+    } == {"dense/bias": 2.0, "dense/kernel": 0.0, "scale": 0.0}
 
 
 def test_a_prefix_is_a_mask():
@@ -176,11 +188,13 @@ def test_callable_modules_are_masks_and_never_called():
 
 
 @pytest.mark.parametrize(("mask", "error", "message"), [
-    ("bias", TypeError, r"masked: mask must be a tree of bool.*'bias'; to choose leaves by name, use lionax.matching"),
+    ("bias", TypeError, r"masked: mask must be a tree of bool.*'bias'; to choose leaves by name, "
+                        r"use lionax.matching"),
     ({"dense": "bias", "scale": True}, TypeError, "at 'dense' it has 'bias'"),
     ({"dense": 1, "scale": True}, TypeError, "at 'dense' it has 1"),
     ({"dense": True}, ValueError, "no entry for the leaf 'scale'"),
-    ({"dense": True, "scale": True, "scales": True}, ValueError, r"an entry at 'scales', where .*nearest paths: 'scale'"),
+    ({"dense": True, "scale": True, "scales": True}, ValueError, r"an entry at 'scales', where "
+                                                                 r".*nearest paths: 'scale'"),
     ({"dense": {"kernel": True}, "scale": True}, ValueError, "no entry for the leaf 'dense/bias'"),
     (jnp.array([True, False]), TypeError, "one bool per leaf"),
 ])
@@ -197,8 +211,10 @@ def test_a_function_that_returns_no_mask():
 
 
 def test_bad_labels():
-    make = lambda labels: lionax.partition({"a": lionax.scale(1.0), "b": lionax.scale(2.0)}, labels)  # noqa: E731
-    with pytest.raises(ValueError, match=r"the leaf 'scale' has the label 'c', for which there is no .*\['a', 'b'\]"):
+    make = lambda labels: lionax.partition({"a": lionax.scale(1.0), "b": lionax.scale(2.0)}, labels
+                                           )
+    with pytest.raises(ValueError, match=r"the leaf 'scale' has the label 'c', for which there is "
+                                         r"no .*\['a', 'b'\]"):
         make({"dense": "a", "scale": "c"}).init(PARAMS)
     with pytest.raises(TypeError, match="at 'scale' it has True"):
         make({"dense": "a", "scale": True}).init(PARAMS)
@@ -225,6 +241,7 @@ def test_a_field_called_value_keeps_its_name():
 
 def test_a_partial_is_a_function_of_the_parameters():
     mask = jax.tree_util.Partial(lambda params: jax.tree.map(lambda p: p.ndim == 2, params))
-    updates, _ = (tx := lionax.masked(lionax.set_to_zero(), mask)).update(PARAMS, tx.init(PARAMS), PARAMS)
+    updates, _ = (tx := lionax.masked(lionax.set_to_zero(),
+                                      mask)).update(PARAMS, tx.init(PARAMS), PARAMS)
     assert float(updates["dense"]["kernel"].sum()) == 0.0
     assert float(updates["scale"].sum()) == 2.0

@@ -37,7 +37,8 @@ LARGE = {"a": (512, 520), "b": (640, 512), "c": (512, 513)}
 LARGE = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in LARGE.items()}
 LARGEST = 4 * 640 * 512
 
-# Bytes a parameter, counted by hand: gradient g, parameter p, momentum m, second moment v, update u.
+# Bytes a parameter, counted by hand: gradient g, parameter p, momentum m, second moment v, update
+# u.
 COUNTED = {
     "lion": (lambda: lionax.lion(1e-3), 5 * 4, 2 * 4),  # gmp → p; gm → m
     "lion_bfloat16": (lambda: lionax.lion(1e-3, mu_dtype="bfloat16"), 16, 6),

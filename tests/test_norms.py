@@ -23,8 +23,16 @@ def norm(*arrays):
 
 
 EXTREME = {
-    "ones": [1.0] * 7, "zeros": [0.0] * 3, "large": [1e25, 1.0], "largest": [3e38, 3e38], "small": [1e-30, 2e-30],
-    "subnormal": [1e-40], "both": [1e25, 1e-25], "edges": [2.0**50, 2.0**-30], "large_and_plain": [1e18, 1e17], "single": [-3.0],
+    "ones": [1.0] * 7,
+    "zeros": [0.0] * 3,
+    "large": [1e25, 1.0],
+    "largest": [3e38, 3e38],
+    "small": [1e-30, 2e-30],
+    "subnormal": [1e-40],
+    "both": [1e25, 1e-25],
+    "edges": [2.0**50, 2.0**-30],
+    "large_and_plain": [1e18, 1e17],
+    "single": [-3.0],
 }
 
 
@@ -35,7 +43,8 @@ def test_every_magnitude(name, form):
     x = np.array(EXTREME[name], np.float32)
     exact = np.linalg.norm(x.astype(np.float64))
     zeros = np.zeros(1 << 15, np.float32)
-    for arrays in ((x,), (x[: len(x) // 2], x[len(x) // 2:]), (np.append(zeros, x),), (x, zeros), (np.append(zeros, x[1:]), x[:1])):
+    for arrays in ((x, ), (x[:len(x) // 2], x[len(x) // 2:]), (np.append(zeros, x), ), (x, zeros),
+                   (np.append(zeros, x[1:]), x[:1])):
         finite = min(exact, float(np.finfo(np.float32).max))
         (one,) = jax.jit(form)((tuple(map(jnp.asarray, arrays)),))
         # XLA on the CPU flushes subnormal numbers to zero.
@@ -43,20 +52,27 @@ def test_every_magnitude(name, form):
         assert norm(*arrays) == pytest.approx(finite, rel=1e-6, abs=1.2e-38)
 
 
-@hypothesis.given(st.lists(st.tuples(st.sampled_from([3, 5000, 1 << 14]), st.integers(-36, 36)), min_size=1, max_size=3))
+@hypothesis.given(
+    st.lists(st.tuples(st.sampled_from([3, 5000, 1 << 14]), st.integers(-36, 36)), min_size=1,
+             max_size=3))
 @hypothesis.settings(max_examples=30, deadline=None)
 def test_any_mixture_of_sizes_and_magnitudes(parts):
     """What is summed in float64, and what is tried in float32 first, come to one norm."""
-    arrays = [cases.normal(size, seed=i) * np.float32(10.0) ** power for i, (size, power) in enumerate(parts)]
+    arrays = [
+        cases.normal(size, seed=i) * np.float32(10.0)**power
+        for i, (size, power) in enumerate(parts)
+    ]
     exact = [np.asarray(array, np.float64) for array in arrays]
     assert norm(*arrays) == pytest.approx(np.linalg.norm(np.concatenate(exact)), rel=1e-6)
-    np.testing.assert_allclose(jax.jit(norm_of_each)(arrays), [np.linalg.norm(array) for array in exact], rtol=1e-6)
+    np.testing.assert_allclose(
+        jax.jit(norm_of_each)(arrays), [np.linalg.norm(array) for array in exact], rtol=1e-6)
 
 
 @pytest.mark.parametrize("form", [in_two_branches, in_three_sums])
 def test_groups_of_any_lengths(form):
     large, small = jnp.ones(1 << 14), jnp.full(3, 2.0)
-    groups = ((small, small), (large,)), ((small, large), ()), ((large,), (small,)), ((), (small,)), ()
+    groups = ((small, small), (large, )), ((small, large), ()), ((large, ),
+                                                                 (small, )), ((), (small, )), ()
     norms = [list(map(float, form(each))) for each in groups]
     np.testing.assert_allclose(norms[0], [np.sqrt(24), 128], rtol=1e-6)
     np.testing.assert_allclose(norms[1], [np.sqrt(12 + 2**14), 0], rtol=1e-6)
@@ -97,7 +113,8 @@ def test_float16_and_huge_float32_are_clipped_to_a_unit_vector():
     for x in (jnp.full(4, 300.0, jnp.float16), jnp.array([1e25, 1.0])):
         clipped, _ = tx.update(x, tx.init(x))
         assert clipped.dtype == x.dtype
-        assert np.linalg.norm(np.asarray(clipped).astype(np.float64)) == pytest.approx(1.0, rel=1e-3)
+        assert np.linalg.norm(np.asarray(clipped).astype(np.float64)) == pytest.approx(
+            1.0, rel=1e-3)
 
 
 def test_float64():
@@ -112,7 +129,8 @@ def test_derivative(x):
     x = jnp.array(x)
     slope = jax.grad(lambda x: joint_norm([x]))(x)
     np.testing.assert_allclose(slope, [0.6, 0.8], rtol=1e-6)
-    assert jax.jvp(lambda x: joint_norm([x]), (x,), (x,))[1] == pytest.approx(float(joint_norm([x])), rel=1e-6)
+    assert jax.jvp(lambda x: joint_norm([x]), (x, ),
+                   (x, ))[1] == pytest.approx(float(joint_norm([x])), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", EXTREME)
@@ -123,15 +141,18 @@ def test_each_by_itself_at_every_magnitude(name):
             assert float(norm_of_one) == pytest.approx(norm(array), rel=1e-6, abs=1.2e-38)
 
 
-@pytest.mark.parametrize("shapes", [((), ()), ((0,), (0,)), ((33,), (33,)), ((63, 65), (63, 65)), ((64, 64), (64, 64)), ((3,), (4,)),
-                                    ((3, 4), (4, 3)), ((5,), (5,), (5,)), ((300, 300), (300, 300))])
+@pytest.mark.parametrize("shapes", [((), ()), ((0, ), (0, )),
+                                    ((33, ), (33, )), ((63, 65), (63, 65)), ((64, 64), (64, 64)),
+                                    ((3, ), (4, )), ((3, 4), (4, 3)), ((5, ), (5, ), (5, )),
+                                    ((300, 300), (300, 300))])
 def test_each_by_itself(shapes):
     """Alike and small arrays share a loop on the CPU; that is not to be seen."""
     arrays = [jnp.asarray(cases.normal(*shape, seed=i)) for i, shape in enumerate(shapes)]
     exact = [np.linalg.norm(np.asarray(x, np.float64)) for x in arrays]
     np.testing.assert_allclose(jax.jit(norm_of_each)(arrays), exact, rtol=2e-7)
     with jax.enable_x64(True):
-        np.testing.assert_allclose(jax.jit(norm_of_each)([x.astype(jnp.float64) for x in arrays]), exact, rtol=1e-14)
+        np.testing.assert_allclose(
+            jax.jit(norm_of_each)([x.astype(jnp.float64) for x in arrays]), exact, rtol=1e-14)
 
 
 def test_each_by_itself_does_not_spread_nan():
@@ -143,8 +164,11 @@ def test_each_by_itself_does_not_spread_nan():
 def test_derivative_and_vmap_of_each_by_itself():
     x, y = jnp.array([3.0, 4.0]), jnp.array([0.0, 2.0])
     rows = jax.jacobian(lambda x, y: jnp.stack(norm_of_each((x, y))), (0, 1))(x, y)
-    np.testing.assert_allclose(rows, [[[0.6, 0.8], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]], rtol=1e-6)
-    np.testing.assert_allclose(jax.vmap(lambda x: jnp.stack(norm_of_each((x, y))))(jnp.stack([x, y])), [[5.0, 2.0], [2.0, 2.0]], rtol=1e-6)
+    np.testing.assert_allclose(rows, [[[0.6, 0.8], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]],
+                               rtol=1e-6)
+    np.testing.assert_allclose(
+        jax.vmap(lambda x: jnp.stack(norm_of_each((x, y))))(jnp.stack([x, y])),
+        [[5.0, 2.0], [2.0, 2.0]], rtol=1e-6)
 
 
 def test_derivatives_at_zero_are_finite():
@@ -170,20 +194,25 @@ def test_the_derivative_of_a_clip_is_one_below_the_limit(make):
 
 def test_vmap():
     rows = jnp.array([[3.0, 4.0], [3e25, 4e25], [0.0, 0.0]])
-    np.testing.assert_allclose(jax.vmap(lambda row: joint_norm([row]))(rows), [5.0, 5e25, 0.0], rtol=1e-6)
+    np.testing.assert_allclose(
+        jax.vmap(lambda row: joint_norm([row]))(rows), [5.0, 5e25, 0.0], rtol=1e-6)
 
 
 # On a mesh.
 
 
 AUTO = jax.sharding.AxisType.Auto
-PARAMS = {"rows": cases.normal(16, 4), "columns": cases.normal(4, 8, seed=1), "whole": cases.normal(3, seed=2)}
+PARAMS = {
+    "rows": cases.normal(16, 4), "columns": cases.normal(4, 8, seed=1),
+    "whole": cases.normal(3, seed=2)
+}
 SPECS = {"rows": P("x", "y"), "columns": P(None, "y"), "whole": P()}
 
 
 def state_specs(state):
     """A slot is laid out like its parameter, whose name ends its path."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: SPECS.get(getattr(path[-1], "key", None), P()), state)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: SPECS.get(getattr(path[-1], "key", None), P()), state)
 
 
 @functools.cache
@@ -192,7 +221,8 @@ def mesh():
 
 
 def make():
-    return lionax.chain(lionax.clip_by_global_norm(1.0), lionax.clip_by_norm(0.5), lionax.lamb(0.1, weight_decay=0.1))
+    return lionax.chain(lionax.clip_by_global_norm(1.0), lionax.clip_by_norm(0.5),
+                        lionax.lamb(0.1, weight_decay=0.1))
 
 
 def reference(steps=3):
@@ -208,7 +238,9 @@ def test_shard_map_gives_the_global_norms():
     tx = make()
     state = tx.init(PARAMS)
     specs = state_specs(state)
-    step = jax.jit(jax.shard_map(tx.step, mesh=mesh(), in_specs=(SPECS, specs, SPECS), out_specs=(SPECS, specs)))
+    step = jax.jit(
+        jax.shard_map(tx.step, mesh=mesh(), in_specs=(SPECS, specs, SPECS),
+                      out_specs=(SPECS, specs)))
     carry = PARAMS, state
     for t in range(3):
         carry = step(*carry, cases.gradients(PARAMS, t))
@@ -217,12 +249,15 @@ def test_shard_map_gives_the_global_norms():
 
 def test_shard_map_counts_a_replicated_leaf_once():
     def norms(tree):
-        return joint_norm(jax.tree.leaves(tree)), joint_norm([tree["whole"]]), joint_norm([tree["rows"]])
+        return joint_norm(jax.tree.leaves(tree)), joint_norm([tree["whole"]
+                                                              ]), joint_norm([tree["rows"]])
 
-    together, whole, rows = jax.shard_map(norms, mesh=mesh(), in_specs=(SPECS,), out_specs=P())(PARAMS)
+    together, whole, rows = jax.shard_map(norms, mesh=mesh(), in_specs=(SPECS, ),
+                                          out_specs=P())(PARAMS)
     assert float(whole) == pytest.approx(np.linalg.norm(PARAMS["whole"]), rel=1e-6)
     assert float(rows) == pytest.approx(np.linalg.norm(PARAMS["rows"]), rel=1e-6)
-    assert float(together) == pytest.approx(np.sqrt(sum(float(jnp.sum(p * p)) for p in PARAMS.values())), rel=1e-6)
+    assert float(together) == pytest.approx(
+        np.sqrt(sum(float(jnp.sum(p * p)) for p in PARAMS.values())), rel=1e-6)
 
 
 def test_shard_map_is_safe_from_overflow_on_one_shard():
@@ -233,7 +268,8 @@ def test_shard_map_is_safe_from_overflow_on_one_shard():
 
 def test_jit_on_a_mesh_gives_the_same_update():
     tx = make()
-    place = lambda tree, specs: jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh(), spec)), tree, specs)  # noqa: E731
+    place = lambda tree, specs: jax.tree.map(lambda leaf, spec: jax.device_put(
+        leaf, NamedSharding(mesh(), spec)), tree, specs)
     state = tx.init(PARAMS)
     carry = place(PARAMS, SPECS), place(state, state_specs(state))
     step = jax.jit(tx.step)
@@ -249,7 +285,8 @@ def test_each_norm_is_taken_once():
 
     def sums(tx):
         text = jax.jit(tx.update).lower(params, tx.init(params), params).compile().as_text()
-        return len(re.findall(r"= f32\[\]\S* reduce\(", text))  # in a branch, in float64, they are taken again
+        return len(re.findall(r"= f32\[\]\S* reduce\(",
+                              text))  # in a branch, in float64, they are taken again
 
     assert sums(lionax.lamb(0.1)) == 20
     with jax.numpy_dtype_promotion("standard"):

@@ -13,7 +13,8 @@ from lionax.core.tree import Leaves
 
 STEPS = 50
 PEERS = [name for name, case in cases.CASES.items() if case.peer]
-LOW_STATE = ["lion_mu_bfloat16", "sgd_accumulator"]  # Optax also multiplies in the state's bfloat16, lionax in float32
+LOW_STATE = ["lion_mu_bfloat16",
+             "sgd_accumulator"]  # Optax also multiplies in the state's bfloat16, lionax in float32
 
 
 @pytest.fixture(autouse=True)
@@ -47,28 +48,36 @@ def trajectories(case, tree, compiled):
 
 
 @pytest.mark.parametrize("case", [case for case in PEERS if case not in LOW_STATE])
-@pytest.mark.parametrize(("tree", "compiled"), [
-    ("nested", True), ("scalar", False),
-    *(pytest.param(*each, marks=pytest.mark.slow) for each in (
-        ("array", True), ("scalar", True), ("zero_size", True), ("empty", True), ("nested", False)))])
+@pytest.mark.parametrize(
+    ("tree", "compiled"),
+    [("nested", True),
+     ("scalar", False), *(pytest.param(*each, marks=pytest.mark.slow)
+                          for each in (("array", True), ("scalar", True), ("zero_size", True),
+                                       ("empty", True), ("nested", False)))])
 def test_float32_trajectory(case, tree, compiled):
     largest = None  # so far: a sum that cancels keeps the rounding of its terms
     for ours, theirs in trajectories(case, tree, compiled):
-        largest = jax.tree.map(lambda a, b: jnp.maximum(jnp.abs(a), jnp.abs(b)), theirs, theirs if largest is None else largest)
+        largest = jax.tree.map(lambda a, b: jnp.maximum(jnp.abs(a), jnp.abs(b)), theirs,
+                               theirs if largest is None else largest)
         # Outside of jit Optax rounds each product, lionax what a compiled stage leaves of them.
-        cases.assert_close(ours, theirs, max(cases.CASES[case].rtol, 0 if compiled else 1e-6), largest)
+        cases.assert_close(ours, theirs, max(cases.CASES[case].rtol, 0 if compiled else 1e-6),
+                           largest)
 
 
-EXACT = {"lion_mu_bfloat16": lambda: optax.lion(0.01), "sgd_accumulator": lambda: optax.sgd(0.01, 0.9)}
+EXACT = {
+    "lion_mu_bfloat16": lambda: optax.lion(0.01), "sgd_accumulator": lambda: optax.sgd(0.01, 0.9)
+}
 
 
 @pytest.mark.parametrize("case", ["lion_decay", "lamb", "sgd_momentum", "chain", *LOW_STATE])
 def test_low_precision_is_nearer_to_the_float64_result_than_optax(case):
-    """Float32 inside: one rounding of the update and one of the state, where Optax rounds after every operation."""
+    """Float32 inside: one rounding, where Optax rounds after every operation."""
     ours, peer = cases.CASES[case].make(), cases.CASES[case].peer()
     exact = EXACT.get(case, cases.CASES[case].peer)()
     with jax.enable_x64(True):
-        params = {"w": cases.normal(64, 32, dtype=jnp.float32 if case in LOW_STATE else jnp.bfloat16)}
+        params = {
+            "w": cases.normal(64, 32, dtype=jnp.float32 if case in LOW_STATE else jnp.bfloat16)
+        }
         exact_params = jax.tree.map(lambda p: p.astype(jnp.float64), params)
         states = [ours.init(params), peer.init(params), exact.init(exact_params)]
         error = np.zeros(2)
@@ -76,7 +85,8 @@ def test_low_precision_is_nearer_to_the_float64_result_than_optax(case):
             grads = jax.tree.map(lambda p, t=t: normal_like(p, t), params)
             updates = []
             for i, (tx, p) in enumerate(((ours, params), (peer, params), (exact, exact_params))):
-                update, states[i] = tx.update(jax.tree.map(lambda g, x: g.astype(x.dtype), grads, p), states[i], p)
+                update, states[i] = tx.update(
+                    jax.tree.map(lambda g, x: g.astype(x.dtype), grads, p), states[i], p)
                 updates.append(np.asarray(update["w"]).astype(np.float64))
             error += [np.sum(np.abs(update - updates[2])) for update in updates[:2]]
     assert error[0] < error[1]
@@ -114,7 +124,9 @@ def run(tx, steps=4, params=PARAMS):
 
 
 def test_chain():
-    cases.assert_equal(run(optax.chain(optax.clip(0.5), lionax.lion(0.1)))[0], run(optax.chain(optax.clip(0.5), optax.lion(0.1)))[0])
+    cases.assert_equal(
+        run(optax.chain(optax.clip(0.5), lionax.lion(0.1)))[0],
+        run(optax.chain(optax.clip(0.5), optax.lion(0.1)))[0])
 
 
 def test_multi_transform_and_partition():
@@ -126,12 +138,14 @@ def test_multi_transform_and_partition():
 
 
 def test_multi_steps():
-    ours, peer = run(optax.MultiSteps(lionax.lion(0.1), 2))[0], run(optax.MultiSteps(optax.lion(0.1), 2))[0]
+    ours, peer = run(optax.MultiSteps(lionax.lion(0.1),
+                                      2))[0], run(optax.MultiSteps(optax.lion(0.1), 2))[0]
     cases.assert_close(ours, peer, rtol=1e-6)
 
 
 def test_masked_apply_if_finite_and_flatten():
-    for wrap in (lambda tx: optax.masked(tx, {"w": True, "b": False}), lambda tx: optax.apply_if_finite(tx, 3), optax.flatten):
+    for wrap in (lambda tx: optax.masked(tx, {"w": True, "b": False}),
+                 lambda tx: optax.apply_if_finite(tx, 3), optax.flatten):
         cases.assert_equal(run(wrap(lionax.lion(0.1)))[0], run(wrap(optax.lion(0.1)))[0])
 
 
@@ -186,7 +200,8 @@ def optax_name(tx):
 
 
 def test_reduce_on_plateau_takes_the_value():
-    tx = lionax.chain(lionax.sgd(1.0), optax.contrib.reduce_on_plateau(factor=0.5, patience=1, cooldown=0))
+    tx = lionax.chain(lionax.sgd(1.0),
+                      optax.contrib.reduce_on_plateau(factor=0.5, patience=1, cooldown=0))
     state = tx.init(PARAMS)
     sizes = []
     for _ in range(5):
@@ -196,8 +211,10 @@ def test_reduce_on_plateau_takes_the_value():
     assert sizes[-1] < 1.0
 
 
-@pytest.mark.parametrize("combine", [lambda tx: lionax.masked(tx, {"w": True, "b": False}),
-                                     lambda tx: lionax.partition({"a": tx, "b": lionax.set_to_zero()}, {"w": "a", "b": "b"})])
+@pytest.mark.parametrize("combine", [
+    lambda tx: lionax.masked(tx, {"w": True, "b": False}),
+    lambda tx: lionax.partition({"a": tx, "b": lionax.set_to_zero()}, {"w": "a", "b": "b"})
+])
 def test_foreign_transformations_see_their_leaves_only(combine):
     seen = []
 

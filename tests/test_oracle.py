@@ -1,4 +1,4 @@
-"""Each transformation against its equation, written out in NumPy with float64, for float32, bfloat16 and float16 inputs."""
+"""Each transformation against its equation, written out in NumPy with float64."""
 
 import cases
 import jax
@@ -23,7 +23,8 @@ class Lion:
 
 class Adam:
     def __init__(self, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0, nesterov=False):
-        self.b1, self.b2, self.eps, self.eps_root, self.nesterov, self.m, self.v = b1, b2, eps, eps_root, nesterov, 0.0, 0.0
+        self.b1, self.b2, self.eps, self.eps_root, self.nesterov = b1, b2, eps, eps_root, nesterov
+        self.m = self.v = 0.0
 
     def __call__(self, g, p, t):
         self.m = self.b1 * self.m + (1 - self.b1) * g
@@ -76,20 +77,27 @@ ORACLES = {
                               lambda: Adam(0.8, 0.95, 1e-3, 1e-3, nesterov=True)),
     "trace": (lambda: lionax.trace(0.9), lambda: Trace(0.9)),
     "trace_nesterov": (lambda: lionax.trace(0.9, nesterov=True), lambda: Trace(0.9, nesterov=True)),
-    "trace_dampening": (lambda: lionax.trace(0.9, dampening=0.25), lambda: Trace(0.9, dampening=0.25)),
+    "trace_dampening": (lambda: lionax.trace(0.9, dampening=0.25),
+                        lambda: Trace(0.9, dampening=0.25)),
     "ema": (lambda: lionax.ema(0.9), lambda: Ema(0.9)),
     "ema_plain": (lambda: lionax.ema(0.9, debias=False), lambda: Ema(0.9, debias=False)),
     "scale_by_trust_ratio": (lionax.scale_by_trust_ratio, trust_ratio),
-    "scale_by_trust_ratio_options": (lambda: lionax.scale_by_trust_ratio(20.0, 0.5, 0.1), lambda: trust_ratio(20.0, 0.5, 0.1)),
-    "add_decayed_weights": (lambda: lionax.add_decayed_weights(0.1), lambda: lambda g, p, t: g + 0.1 * p),
-    "add_decayed_weights_schedule": (lambda: lionax.add_decayed_weights(cases.SCHEDULE), lambda: lambda g, p, t: g + rate(t) * p),
-    "add_decayed_weights_base": (lambda: lionax.add_decayed_weights(0.1, base_learning_rate=0.5), lambda: lambda g, p, t: g + 0.2 * p),
+    "scale_by_trust_ratio_options": (lambda: lionax.scale_by_trust_ratio(20.0, 0.5, 0.1),
+                                     lambda: trust_ratio(20.0, 0.5, 0.1)),
+    "add_decayed_weights": (lambda: lionax.add_decayed_weights(0.1),
+                            lambda: lambda g, p, t: g + 0.1 * p),
+    "add_decayed_weights_schedule": (lambda: lionax.add_decayed_weights(cases.SCHEDULE),
+                                     lambda: lambda g, p, t: g + rate(t) * p),
+    "add_decayed_weights_base": (lambda: lionax.add_decayed_weights(0.1, base_learning_rate=0.5),
+                                 lambda: lambda g, p, t: g + 0.2 * p),
     "clip": (lambda: lionax.clip(0.5), lambda: lambda g, p, t: np.clip(g, -0.5, 0.5)),
     "clip_by_norm": (lambda: lionax.clip_by_norm(2.0), lambda: clip_norm(2.0)),
     "clip_by_global_norm": (lambda: lionax.clip_by_global_norm(2.0), lambda: clip_norm(2.0)),
     "scale": (lambda: lionax.scale(-0.3), lambda: lambda g, p, t: -0.3 * g),
-    "scale_by_learning_rate": (lambda: lionax.scale_by_learning_rate(cases.SCHEDULE), lambda: lambda g, p, t: -rate(t) * g),
-    "scale_by_schedule": (lambda: lionax.scale_by_schedule(cases.SCHEDULE), lambda: lambda g, p, t: rate(t) * g),
+    "scale_by_learning_rate": (lambda: lionax.scale_by_learning_rate(cases.SCHEDULE),
+                               lambda: lambda g, p, t: -rate(t) * g),
+    "scale_by_schedule": (lambda: lionax.scale_by_schedule(cases.SCHEDULE),
+                          lambda: lambda g, p, t: rate(t) * g),
     "identity": (lionax.identity, lambda: lambda g, p, t: g),
     "set_to_zero": (lionax.set_to_zero, lambda: lambda g, p, t: 0 * g),
 }
@@ -100,7 +108,8 @@ ORACLES = {
 def test_primitive(name, dtype):
     make, oracle = ORACLES[name]
     tx, expect = make(), oracle()
-    # The state is in float32: the oracle rounds nothing, so what is tested is one rounding of the update.
+    # The state is in float32: the oracle rounds nothing, so what is tested is one rounding of the
+    # update.
     state = tx.init(jnp.zeros((17, 3)))
     update = jax.jit(tx.update)
     for t in range(1, 13):
@@ -112,7 +121,8 @@ def test_primitive(name, dtype):
         # 1 - 0.999 has five digits in float32; lionax corrects the bias there with Optax's numbers.
         rounding = max(DTYPES[dtype], 1e-5 if name == "scale_by_adam" else 0)
         atol = rounding * np.max(np.abs(expected))
-        np.testing.assert_allclose(np.asarray(actual).astype(np.float64), expected, rtol=rounding, atol=atol)
+        np.testing.assert_allclose(
+            np.asarray(actual).astype(np.float64), expected, rtol=rounding, atol=atol)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -127,8 +137,10 @@ def test_params_ema(dtype):
         new = before - 0.5 * np.asarray(g).astype(np.float64)
         average = 0.9 * average + 0.1 * new
         expected = average if t % 4 == 0 else new
-        np.testing.assert_allclose(lionax.averaged_params(state), average, atol=3e-6 if dtype == "float32" else 1e-4)
-        np.testing.assert_allclose(np.asarray(params).astype(np.float64), expected, rtol=DTYPES[dtype], atol=1e-5)
+        np.testing.assert_allclose(lionax.averaged_params(state), average,
+                                   atol=3e-6 if dtype == "float32" else 1e-4)
+        np.testing.assert_allclose(
+            np.asarray(params).astype(np.float64), expected, rtol=DTYPES[dtype], atol=1e-5)
     assert lionax.averaged_params(state).dtype == jnp.float32
 
 
@@ -137,7 +149,8 @@ def test_lamb_by_hand():
     tx = lionax.lamb(0.1, weight_decay=0.01)
     adam = g / (np.abs(g) + 1e-6) + 0.01 * p
     expected = p - 0.1 * np.linalg.norm(p) / np.linalg.norm(adam) * adam
-    actual, _ = tx.step(jnp.asarray(p, jnp.float32), tx.init(jnp.zeros(2)), jnp.asarray(g, jnp.float32))
+    actual, _ = tx.step(jnp.asarray(p, jnp.float32), tx.init(jnp.zeros(2)),
+                        jnp.asarray(g, jnp.float32))
     np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
@@ -152,4 +165,5 @@ def test_decoupled_decay_follows_the_schedule_alone():
         for t in range(1, 4):
             before = float(params)
             params, state = tx.step(params, state, jnp.float32(0.0))
-            assert float(params) == pytest.approx(before - rate(t) / alpha * decay * before, rel=1e-6)
+            assert float(params) == pytest.approx(before - rate(t) / alpha * decay * before,
+                                                  rel=1e-6)

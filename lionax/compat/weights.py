@@ -256,13 +256,17 @@ def _is_known(node: Any) -> bool:
     return isinstance(node, AccumulateState) or type(node) in _SLOTS
 
 
+def _not_used(total: Any, weight: Any) -> Any:
+    """A sum of gradients; 0 after the sum was used, when its weight is 0."""
+    return jnp.where(weight == 0, jnp.zeros_like(total), total)
+
+
 def _slots(state: Any) -> dict[str, Any]:
     """The trees of all slots in a state."""
     trees = {}
     for node in jax.tree.leaves(state, is_leaf=_is_known):
         if isinstance(node, AccumulateState):
-            sums = jax.tree.map(lambda total, weight: jnp.where(weight == 0, jnp.zeros_like(total), total),
-                                node.gradients, node.weights)
+            sums = jax.tree.map(_not_used, node.gradients, node.weights)
             trees |= {"gradient_accumulator": sums, **_slots(node.inner)}
         trees |= {name: getattr(node, field) for field, name in _SLOTS.get(type(node), {}).items()}
     return trees

@@ -218,8 +218,7 @@ class Run:
         carry = params if writes else jax.tree.map(lambda u: jnp.zeros_like(_loaded(u)), arrived)
         carry, inner, accepted = _branch(due, due_call, carry, state.inner, jnp.zeros((), bool))
         state = rule.close(arrived, state, due, accepted)._replace(inner=inner)
-        (carry, ) = _branch(rule.poisons(state), lambda tree: (jax.tree.map(_nan_like, tree), ),
-                            carry)
+        (carry,) = _branch(rule.poisons(state), lambda x: (jax.tree.map(_nan_like, x),), carry)
         self.slots[stage.index] = state
         if not writes:
             self.updates = self._replaced(self.updates, stage, carry)

@@ -24,13 +24,10 @@ Scalar = Any
 
 
 class Hyperparameter(NamedTuple):
-    """A hyperparameter in the state: a learning rate, or what was given as ``inject(value)``.
-
-    Until it is assigned the definition, a number or a schedule, gives the value.
-    """
+    """A learning rate in the state, or what was given as ``inject(value)``."""
 
     value: jax.Array  # float32 []: the value that the last step used, or that was assigned
-    overridden: jax.Array  # bool []: whether it was injected or assigned
+    overridden: jax.Array  # bool []: whether this value counts, not the definition's
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,8 +83,8 @@ def train(name: str, tx: lionax.Transformation, text: Text, steps: int, seed: in
     def loss(params, batch):
         return bits_per_character(nnx.merge(graph, params), batch)
 
-    # Donated, the parameters and the optimizer's state are written where they were read.
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    # Donated, and with the options, parameters and state are written where they were read.
+    @functools.partial(jax.jit, donate_argnums=(0, 1), compiler_options=lionax.compiler_options())
     def train_step(params, state, batch):
         grads = jax.grad(loss)(params, batch)
         return tx.step(params, state, grads)
@@ -115,7 +115,8 @@ def optimizer_milliseconds(txs: dict[str, lionax.Transformation], text: Text,
     grads = jax.tree.map(lambda p: 1e-3 * jnp.ones_like(p), params)
     steps, carries, times = {}, {}, {name: [] for name in txs}
     for name, tx in txs.items():
-        steps[name] = jax.jit(tx.step, donate_argnums=(0, 1))
+        steps[name] = jax.jit(tx.step, donate_argnums=(0, 1),
+                              compiler_options=lionax.compiler_options())
         carries[name] = steps[name](jax.tree.map(jnp.copy, params), tx.init(params), grads)
     for _ in range(repeats):
         for name, step in steps.items():

@@ -60,17 +60,18 @@ class Accumulate(Conditional):
         return state._replace(weights=weights, gradients=sums), due
 
     def inner_updates(self, updates: Any, state: AccumulateState) -> Any:
-        return jax.tree.map(lambda grad, mean: grad if is_placeholder(grad) else mean.astype(grad.dtype),
-                            updates, state.gradients, is_leaf=is_placeholder)
+        return jax.tree.map(
+            lambda grad, mean: grad if is_placeholder(grad) else mean.astype(grad.dtype),
+            updates, state.gradients, is_leaf=is_placeholder)
 
     def accepts(self, updates: Any, state: AccumulateState) -> jax.Array:
         return super().accepts(self.inner_updates(updates, state), state)
 
     def close(self, updates: Any, state: AccumulateState, due: Any,
               accepted: jax.Array) -> AccumulateState:
-        weights = jax.tree.map(
-            lambda grad, weight: weight if is_placeholder(grad) else jnp.where(due, 0.0, weight),
-            updates, state.weights, is_leaf=is_placeholder)
+        kept = jnp.where(due, 0.0, 1.0)
+        weights = jax.tree.map(lambda grad, old: old if is_placeholder(grad) else old * kept,
+                               updates, state.weights, is_leaf=is_placeholder)
         return state._replace(calls=jnp.where(due, 0, state.calls + 1), weights=weights,
                               dropped=state.dropped + (due & ~accepted).astype(jnp.int32))
 
@@ -108,8 +109,7 @@ def accumulate(tx: optax.GradientTransformation, every: int) -> Transformation:
       every: calls in a window, at least 1.
 
     Raises:
-      ValueError: for ``every`` below 1; for a `dynamic_loss_scale` inside, which would never see an
-        overflow.
+      ValueError: for ``every`` below 1; for a `dynamic_loss_scale` inside, which sees no overflow.
 
     >>> import jax.numpy as jnp, lionax
     >>> tx = lionax.accumulate(lionax.sgd(1.0), every=2)

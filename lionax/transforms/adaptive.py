@@ -130,7 +130,7 @@ def scale_by_trust_ratio(min_norm: Scalar = 0.0, trust_coefficient: Scalar = 1.0
       min_norm: lower bound of both norms, at least 0.
       trust_coefficient: factor of the ratio, at least 0 (LARS takes 0.001, LAMB 1).
       eps: added to the update's norm, at least 0.
-      mask: the leaves to adapt, as `masked`; None for all. The others keep their update.
+      mask: the leaves to adapt, as `masked`; None for all.
 
     Raises:
       ValueError: for a value out of range, or an update without the parameters.
