@@ -52,8 +52,8 @@ def _jobs(options: argparse.Namespace, best: float,
         yield f"compiling, width {width}", lambda width=width: measure.compile_rows(
             10 if quick else 300, width, 1 if quick else 3)
     yield "eager", lambda: measure.eager_row(20)
-    sizes = [10**4, 10**5] if quick else [10**5, 10**6, 10**7, 10**8]
-    yield "growth", lambda: measure.growth(sizes, [1, 10] if quick else [1, 10, 100, 1000], 5)
+    sizes = [10**4, 10**5] if quick else [10**5, 10**6, 10**7]
+    yield "growth", lambda: measure.growth(sizes, [1, 10] if quick else [1, 10, 100, 300], 5)
 
 
 def main(arguments: list[str] | None = None) -> None:

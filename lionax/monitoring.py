@@ -49,7 +49,7 @@ def plan(tx: Transformation, params: Any) -> Plan:
     A sweep is one run over the leaves; it ends where the next rule needs a norm over the tree.
     Bytes and operations are those of a jitted ``step`` on the default device, with
     `compiler_options` and donation; of branches those of the most expensive. XLA counts what each
-    loop reads and writes, whether it lies in a cache or not.
+    loop reads and writes, cached or not.
 
     Args:
       tx: a lionax transformation.

@@ -64,9 +64,9 @@ def standard_promotion():
 def slot(state, name, entry):
     if name == "momentum" and "sgd" in entry["system"]:
         return jax.tree.map(lambda t: -t, optax.tree.get(state, "trace"))  # Keras's points downhill
-    if name == "accumulator":  # a sum whose weight is 0 was used
-        return jax.tree.map(lambda total, weight: jnp.where(weight == 0, 0.0, total),
-                            optax.tree.get(state, "gradients"), optax.tree.get(state, "weights"))
+    if name == "accumulator":  # a sum that is not live was used
+        return jax.tree.map(lambda total, live: jnp.where(live == 0, 0.0, total),
+                            optax.tree.get(state, "gradients"), optax.tree.get(state, "live"))
     return optax.tree.get(state, SLOTS[name])
 
 

@@ -189,14 +189,8 @@ REFUSED = [
 ]
 
 
-def marks(name, mode):
-    """Optax's MultiSteps compiles again at each eager call."""
-    return pytest.mark.slow if "MultiSteps" in ENTRIES[name].get(
-        "wrapped_in", {}) and not mode.startswith("jitted") else ()
-
-
 @pytest.mark.parametrize(("name", "mode"), [
-    pytest.param(name, mode, marks=marks(name, mode))
+    pytest.param(name, mode, marks=() if mode == "jitted step" else pytest.mark.slow)
     for name in REPLAYED
     for mode in ("step", "jitted step", "update", "jitted update")
 ])

@@ -54,7 +54,8 @@ def recorded_weights(entry, trace, call):
 RECORDED = [name for name in REPLAYED if OURS[name].get("slots") and names_of(OURS[name])]
 
 
-@pytest.mark.parametrize("form", ["list", "dict", "numbers"])
+@pytest.mark.parametrize("form", [
+    "list", *(pytest.param(form, marks=pytest.mark.slow) for form in ("dict", "numbers"))])
 @pytest.mark.parametrize("name", RECORDED)
 def test_a_recorded_run_goes_on(name, form):
     entry, order = OURS[name], list(SHAPES)

@@ -256,9 +256,9 @@ def _is_known(node: Any) -> bool:
     return isinstance(node, AccumulateState) or type(node) in _SLOTS
 
 
-def _not_used(total: Any, weight: Any) -> Any:
-    """A sum of gradients; 0 after the sum was used, when its weight is 0."""
-    return jnp.where(weight == 0, jnp.zeros_like(total), total)
+def _not_used(total: Any, live: Any) -> Any:
+    """A sum of gradients; 0 after the sum was used."""
+    return jnp.where(live == 0, jnp.zeros_like(total), total)
 
 
 def _slots(state: Any) -> dict[str, Any]:
@@ -266,7 +266,7 @@ def _slots(state: Any) -> dict[str, Any]:
     trees = {}
     for node in jax.tree.leaves(state, is_leaf=_is_known):
         if isinstance(node, AccumulateState):
-            sums = jax.tree.map(_not_used, node.gradients, node.weights)
+            sums = jax.tree.map(_not_used, node.gradients, node.live)
             trees |= {"gradient_accumulator": sums, **_slots(node.inner)}
         trees |= {name: getattr(node, field) for field, name in _SLOTS.get(type(node), {}).items()}
     return trees
@@ -286,7 +286,8 @@ def _filled(state: State, found: Mapping[tuple[str, str], Any], count: int, wind
         if isinstance(node, AccumulateState):
             part = count % window
             return node._replace(calls=storage.in_place_of(part, node.calls),
-                                 weights=storage.in_place_of(part, node.weights),
+                                 weight=storage.in_place_of(part, node.weight),
+                                 live=storage.in_place_of(int(part > 0), node.live),
                                  gradients=tree("gradient_accumulator", node.gradients),
                                  inner=_filled(node.inner, found, count // window, 1))
         if type(node) in _SLOTS:

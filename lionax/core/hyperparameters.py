@@ -43,8 +43,6 @@ class Injected:
 def inject(value: float) -> Injected:
     """A hyperparameter in the optimizer's state, where `set_hyperparams` assigns it.
 
-    A learning rate is in the state in any case; of an injected one a restored state decides.
-
     Args:
       value: the initial value; a float or a 0-d array.
 

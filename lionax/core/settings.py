@@ -36,8 +36,7 @@ class StaticRule:
 
 
 def _replaced(rule: Rule, fields: dict[str, Any]) -> Rule:
-    # Past the constructor, which checks what a user wrote, and makes Python numbers of arrays.
-    new = object.__new__(type(rule))
+    new = object.__new__(type(rule))  # past the constructor, which makes numbers of arrays
     new.__dict__.update(rule.__dict__, **fields)
     return new
 

@@ -1,8 +1,4 @@
-"""Inside ``shard_map``: the mesh axes over which a value differs between devices.
-
-JAX keeps them in a value's type, under a name that changed between versions. Only this module
-knows.
-"""
+"""Inside ``shard_map``: the mesh axes over which a value differs, which JAX keeps in its type."""
 
 from collections.abc import Callable
 from typing import Any

@@ -25,7 +25,8 @@ class AccumulateState(NamedTuple):
     """The state of `Accumulate`."""
 
     calls: jax.Array  # int32 []: how many micro-batches the window holds
-    weights: Any  # float32 []: for each leaf the weight of its sum, 0 after the sum was used
+    weight: jax.Array  # float32 []: the sum of their weights
+    live: Any  # int32 []: for each leaf 1, or 0 after its sum was used
     gradients: Any  # weighted sum of gradients; the parameter's shape; at least float32
     dropped: jax.Array  # int32 []: how many windows were dropped because they were not finite
     inner: State  # of the transformation that runs once in a window
@@ -45,19 +46,21 @@ class Accumulate(Conditional):
         refuse_loss_scale(self.inner, "accumulate")
 
     def init(self, params: Any) -> AccumulateState:
-        weights = jax.tree.map(lambda p: jnp.zeros((), jnp.float32), params)
+        live = jax.tree.map(lambda p: jnp.zeros((), jnp.int32), params)
         sums = jax.tree.map(lambda p: zero_slot(p, accumulator_dtype(p)), params)
-        return AccumulateState(jnp.zeros((), jnp.int32), weights, sums, jnp.zeros((), jnp.int32),
-                               init_state(self.inner, params))
+        return AccumulateState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32), live, sums,
+                               jnp.zeros((), jnp.int32), init_state(self.inner, params))
 
     def open(self, updates: Any, state: AccumulateState,
              extra: Mapping[str, Any]) -> tuple[AccumulateState, jax.Array]:
         due = (state.calls + 1 >= self.every) | jnp.asarray(extra.get("flush", False), bool)
         weight = jnp.asarray(extra.get("weight", 1.0), jnp.float32)
-        sums = jax.tree.map(lambda grad, total, old: _added(grad, total, old, weight, due),
-                            updates, state.gradients, state.weights, is_leaf=is_placeholder)
-        weights = jax.tree.map(lambda old: old + weight, state.weights)
-        return state._replace(weights=weights, gradients=sums), due
+        total = state.weight + weight
+        factor = jnp.where(due, 1 / total, 1.0)
+        sums = jax.tree.map(lambda grad, old, live: _added(grad, old, live, weight, factor),
+                            updates, state.gradients, state.live, is_leaf=is_placeholder)
+        live = _where_present(updates, 1, state.live)
+        return state._replace(weight=total, live=live, gradients=sums), due
 
     def inner_updates(self, updates: Any, state: AccumulateState) -> Any:
         return jax.tree.map(
@@ -69,24 +72,29 @@ class Accumulate(Conditional):
 
     def close(self, updates: Any, state: AccumulateState, due: Any,
               accepted: jax.Array) -> AccumulateState:
-        kept = jnp.where(due, 0.0, 1.0)
-        weights = jax.tree.map(lambda grad, old: old if is_placeholder(grad) else old * kept,
-                               updates, state.weights, is_leaf=is_placeholder)
-        return state._replace(calls=jnp.where(due, 0, state.calls + 1), weights=weights,
-                              dropped=state.dropped + (due & ~accepted).astype(jnp.int32))
+        return state._replace(
+            calls=jnp.where(due, 0, state.calls + 1), weight=jnp.where(due, 0.0, state.weight),
+            live=_where_present(updates, 1 - due.astype(jnp.int32), state.live),
+            dropped=state.dropped + (due & ~accepted).astype(jnp.int32))
+
+
+def _where_present(updates: Any, value: Any, old: Any) -> Any:
+    """A value for the leaves that have a gradient, the old one for the others."""
+    return jax.tree.map(lambda grad, x: x if is_placeholder(grad) else jnp.zeros_like(x) + value,
+                        updates, old, is_leaf=is_placeholder)
 
 
 @jax.jit
-def _added(grad: Any, total: Any, old: Any, weight: jax.Array, due: jax.Array) -> Any:
-    """A sum of the weight ``old`` with one gradient more; the mean in a call that is due."""
+def _added(grad: Any, total: Any, live: Any, weight: jax.Array, factor: jax.Array) -> Any:
+    """A sum, 0 if it was used, with one gradient more; the factor makes it the mean."""
     if is_placeholder(total):
         return total
-    kept = jnp.where(old == 0, jnp.zeros_like(total), total)  # a sum without a weight was used
+    kept = jnp.where(live == 0, jnp.zeros_like(total), total)
     if is_placeholder(grad):
         return kept
     # The mean takes the place of the sum: as a further array it would be kept for the inner norms.
-    factor = jnp.where(due, 1 / (old + weight), 1.0).astype(total.dtype)
-    return (kept + grad.astype(total.dtype) * weight.astype(total.dtype)) * factor
+    term = grad.astype(total.dtype) * weight.astype(total.dtype)
+    return (kept + term) * factor.astype(total.dtype)
 
 
 @constructor

@@ -44,7 +44,7 @@ def scale_by_lion(b1: Scalar = 0.9, b2: Scalar = 0.99, mu_dtype: Storage = None)
         u_t = sign(b1·m_{t-1} + (1 - b1)·g_t)
         m_t = b2·m_{t-1} + (1 - b2)·g_t
 
-    where ``sign(0) = 0``. The result does not depend on the scale of the gradient.
+    where ``sign(0) = 0``.
 
     Args:
       b1: the momentum's weight in the sign, in [0, 1].
