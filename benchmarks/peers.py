@@ -134,6 +134,10 @@ def torch(make: Callable[..., Any]) -> Build:
     return build
 
 
+def torch_optim(name: str, **arguments: Any) -> Build:
+    return torch(lambda module, params: getattr(module.optim, name)(params, lr=RATE, **arguments))
+
+
 def lion_pytorch(torch: Any, params: Any) -> Any:
     from lion_pytorch import Lion
 
@@ -184,43 +188,31 @@ def with_optax(tx: lionax.Transformation, peer: optax.GradientTransformation,
 
 
 CASES: dict[str, Case] = {
-    "lion": Case(
-        20, "reads gradient, parameter, momentum; writes parameter, momentum", {
-            **with_optax(lionax.lion(RATE), optax.lion(RATE)), "Keras 3": keras(
-                "Lion", weight_decay=1e-3), "lion-pytorch": torch(lion_pytorch),
-            "flashoptim": flash("flash_lion")
-        }),
-    "clip_by_global_norm, lion": Case(
-        24, "reads the gradient once more, for the norm", {
-            **with_optax(lionax.chain(lionax.clip_by_global_norm(1.0), lionax.lion(RATE)),
-                         optax.chain(optax.clip_by_global_norm(1.0), optax.lion(RATE))), "Keras "
-                                                                                         "3": keras(
-                "Lion", weight_decay=1e-3, global_clipnorm=1.0)
-        }),
-    "lion, mu_dtype=bfloat16": Case(16, "as lion, with two bytes for the momentum", {
-        **with_optax(lionax.lion(RATE, mu_dtype="bfloat16"), optax.lion(RATE, mu_dtype="bfloat16"))
-    }),
-    "lamb": Case(
-        40, "reads gradient, parameter and moments and writes the moments, while it sums; "
-        "then reads parameter and moments again and writes the parameter", {
-            **with_optax(lionax.lamb(RATE), optax.lamb(RATE)), "Keras 3": keras("Lamb"),
-            "PyTorch, fused AdamW": torch(lambda t, params: t.optim.AdamW(
-                params, lr=RATE, fused=True)), "PyTorch, foreach AdamW": torch(
-                    lambda t, params: t.optim.AdamW(params, lr=RATE, foreach=True))
-        }),
-    "sgd, momentum": Case(
-        20, "reads gradient, parameter, momentum; writes parameter, momentum", {
-            **with_optax(lionax.sgd(RATE, 0.9), optax.sgd(RATE, 0.9)), "Keras 3": keras(
-                "SGD", momentum=0.9), "PyTorch, fused SGD": torch(lambda t, params: t.optim.SGD(
-                    params, lr=RATE, momentum=0.9, fused=True)), "PyTorch, foreach SGD": torch(
-                        lambda t, params: t.optim.SGD(params, lr=RATE, momentum=0.9, foreach=True)),
-            "flashoptim": flash("flash_sgd", momentum=0.9)
-        }),
-    "accumulation of 4": Case(
-        None, "four calls; lionax around lion and an average of the parameters, Optax around lion "
-              "alone", {
-            **with_optax(
-                lionax.accumulate(lionax.chain(lionax.lion(RATE), lionax.params_ema(0.99)), 4),
-                optax.MultiSteps(optax.lion(RATE), 4).gradient_transformation(), calls=4)
-        }),
+    "lion": Case(20, "reads gradient, parameter, momentum; writes parameter, momentum", {
+        **with_optax(lionax.lion(RATE), optax.lion(RATE)),
+        "Keras 3": keras("Lion", weight_decay=1e-3),
+        "lion-pytorch": torch(lion_pytorch),
+        "flashoptim": flash("flash_lion")}),
+    "clip_by_global_norm, lion": Case(24, "reads the gradient once more, for the norm", {
+        **with_optax(lionax.chain(lionax.clip_by_global_norm(1.0), lionax.lion(RATE)),
+                     optax.chain(optax.clip_by_global_norm(1.0), optax.lion(RATE))),
+        "Keras 3": keras("Lion", weight_decay=1e-3, global_clipnorm=1.0)}),
+    "lion, mu_dtype=bfloat16": Case(16, "does as lion, with two bytes for the momentum", {
+        **with_optax(lionax.lion(RATE, mu_dtype="bfloat16"),
+                     optax.lion(RATE, mu_dtype="bfloat16"))}),
+    "lamb": Case(40, "reads gradient, parameter and moments and writes the moments, while it sums; "
+                 "then reads parameter and moments again and writes the parameter", {
+        **with_optax(lionax.lamb(RATE), optax.lamb(RATE)),
+        "Keras 3": keras("Lamb"),
+        "PyTorch, fused AdamW": torch_optim("AdamW", fused=True),
+        "PyTorch, foreach AdamW": torch_optim("AdamW", foreach=True)}),
+    "sgd, momentum": Case(20, "reads gradient, parameter, momentum; writes parameter, momentum", {
+        **with_optax(lionax.sgd(RATE, 0.9), optax.sgd(RATE, 0.9)),
+        "Keras 3": keras("SGD", momentum=0.9),
+        "PyTorch, fused SGD": torch_optim("SGD", momentum=0.9, fused=True),
+        "PyTorch, foreach SGD": torch_optim("SGD", momentum=0.9, foreach=True),
+        "flashoptim": flash("flash_sgd", momentum=0.9)}),
+    "accumulation of 4": Case(None, "makes four calls; lionax around lion and an average", {
+        **with_optax(lionax.accumulate(lionax.chain(lionax.lion(RATE), lionax.params_ema(0.99)), 4),
+                     optax.MultiSteps(optax.lion(RATE), 4).gradient_transformation(), calls=4)}),
 }

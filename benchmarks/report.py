@@ -41,12 +41,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+STYLES = {"lionax, options": "-", "Optax": "--", "Optax, options": ":"}
 COLUMNS = ("tree", "case", "contender", "ms", "÷ Optax", "÷ Optax, options", "of the limit",
            "temporary MB", "page faults", "lines")
-TITLES = {"step": "A step: jitted, donated, medians of runs in turns", "small leaves": "Many small "
-                                                                                       "leaves, "
-                                                                                       "dispatch "
-                                                                                       "included",
+TITLES = {"step": "A step: jitted, donated, medians of runs in turns",
+          "small leaves": "Many small leaves, dispatch included",
           "compile": "Lowering and compiling", "eager": "`update` outside of jit"}
 
 
@@ -105,10 +104,8 @@ def draw(rows: Sequence[Row], folder: pathlib.Path) -> list[pathlib.Path]:
 def _bars(rows: Sequence[Row], path: pathlib.Path, label: str, title: str,
           value: Any) -> pathlib.Path:
     rows = [row for row in rows if value(row) is not None]
-    groups = {
-        case: [row for row in rows if row.case == case] for case in dict.fromkeys(row.case
-                                                                                  for row in rows)
-    }
+    names = dict.fromkeys(row.case for row in rows)
+    groups = {case: [row for row in rows if row.case == case] for case in names}
     figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
     width = 0.8 / max(map(len, groups.values()))
     for contender in dict.fromkeys(row.contender for row in rows):
@@ -130,8 +127,7 @@ def _lines(rows: Sequence[Row], path: pathlib.Path) -> pathlib.Path:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     for ax, table in zip(axes, ("parameters", "leaves"), strict=True):
         for case in dict.fromkeys(row.case for row in rows):
-            for contender, style in (("lionax, options", "-"), ("Optax", "--"), ("Optax, "
-                                                                                 "options", ":")):
+            for contender, style in STYLES.items():
                 chosen = [
                     row for row in rows
                     if (row.table, row.case, row.contender) == (table, case, contender)

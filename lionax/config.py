@@ -227,10 +227,9 @@ def _fits(value: Any, field: dataclasses.Field) -> bool:
     if field.name in ("mask", "labels"):
         return isinstance(value, PathMask | PathTree)
     if "scalar" in field.metadata or field.name in ("schedule", "rate"):
-        known = isinstance(value,
-                           (Injected, *_SCHEDULES)) or any(value is schedule
-                                                           for schedule in _registered.values())
-        return value is None or _is_number(value) or known
+        is_registered = any(value is schedule for schedule in _registered.values())
+        is_known = is_registered or isinstance(value, (Injected, *_SCHEDULES))
+        return value is None or _is_number(value) or is_known
     if field.name.endswith("_dtype"):
         return value is None or isinstance(value, str)
     return _is_a(value, field.type)

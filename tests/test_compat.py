@@ -91,9 +91,8 @@ def inputs(entry, trace, call, state):
     return state, grads
 
 
-@pytest.mark.parametrize("mode", ["jitted step", *(pytest.param(mode, marks=pytest.mark.slow)
-                                                   for mode in ("jitted "
-                                                                "update", "step", "update"))])
+@pytest.mark.parametrize("mode", ["jitted step", *(
+    pytest.param(mode, marks=pytest.mark.slow) for mode in ("jitted update", "step", "update"))])
 @pytest.mark.parametrize("name", REPLAYED)
 def test_replay(name, mode):
     entry = OURS[name]

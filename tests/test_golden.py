@@ -129,9 +129,8 @@ def from_keras3(entry: dict, optimizer: Any) -> lionax.Transformation:
     }
     clips = [
         clip(args[name])
-        for name, clip in (("clipnorm", lionax.clip_by_norm),
-                           ("global_clipnorm", lionax.clip_by_global_norm), ("clipvalue",
-                                                                             lionax.clip))
+        for name, clip in (("clipnorm", lionax.clip_by_norm), ("clipvalue", lionax.clip),
+                           ("global_clipnorm", lionax.clip_by_global_norm))
         if args.get(name)
     ]
     return lionax.chain(*clips, optimizer(args, keep))
@@ -226,8 +225,8 @@ def test_replay(name, mode):
         for leaf, expected in split(trace["param"][call]).items():
             actual = np.asarray(params[leaf]).astype(np.float32)
             atol = tolerance * np.max(np.abs(expected), initial=0.0)
-            np.testing.assert_allclose(actual, expected, rtol=0, atol=atol, err_msg=f"{leaf} after "
-                                                                                    f"call {call}")
+            np.testing.assert_allclose(actual, expected, rtol=0, atol=atol,
+                                       err_msg=f"{leaf} after call {call}")
 
 
 @pytest.mark.parametrize("name", REFUSED)

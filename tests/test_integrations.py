@@ -33,8 +33,8 @@ def standard_promotion():
 @pytest.mark.parametrize("name", TXS)
 def test_linen_train_state(name):
     model = nn.Sequential([nn.Dense(16), nn.tanh, nn.Dense(1)])
-    state = TrainState.create(apply_fn=model.apply, params=model.init(jax.random.key(0),
-                                                                      X)["params"], tx=TXS[name]())
+    params = model.init(jax.random.key(0), X)["params"]
+    state = TrainState.create(apply_fn=model.apply, params=params, tx=TXS[name]())
 
     def loss(params):
         return jnp.mean((model.apply({"params": params}, X) - Y) ** 2)
@@ -91,8 +91,8 @@ def test_equinox(name):
 
     @eqx.filter_jit
     def train(model, state):
-        loss, grads = eqx.filter_value_and_grad(lambda model: jnp.mean((jax.vmap(model)
-                                                                        (X) - Y)**2))(model)
+        loss_of = lambda model: jnp.mean((jax.vmap(model)(X) - Y) ** 2)
+        loss, grads = eqx.filter_value_and_grad(loss_of)(model)
         updates, state = tx.update(grads, state, eqx.filter(model, eqx.is_inexact_array))
         return eqx.apply_updates(model, updates), state, loss
 

@@ -119,8 +119,8 @@ def assert_close(actual, expected, name, where):
 def test_side_by_side_and_switched(name, run, rate):
     """The run beside Keras; one that comes from Keras at step 10 and goes back at step 18."""
     arguments, excluded = {**OPTIMIZERS[name], **RUNS[run][0]}, RUNS[run][1]
-    reference, tx = Reference(name, arguments, excluded, rate), ours(name, arguments, excluded,
-                                                                     rate)
+    reference = Reference(name, arguments, excluded, rate)
+    tx = ours(name, arguments, excluded, rate)
     step = jax.jit(tx.step)
     params = {path: jnp.asarray(value) for path, value in initial().items()}
     state = tx.init(params)
@@ -150,8 +150,8 @@ def test_side_by_side_and_switched(name, run, rate):
             assert_close(switched, reference.params, name, f"switched to lionax, after call {call}")
         if back is not None:
             back.step(grads)
-            assert_close(back.params, reference.params, name, "switched to Keras, after call "
-                                                              f"{call}")
+            where = f"switched to Keras, after call {call}"
+            assert_close(back.params, reference.params, name, where)
     for weight, expected in zip(to_weights(tx, state, list(SHAPES)), reference.weights,
                                 strict=True):
         np.testing.assert_allclose(weight, expected, rtol=0,
@@ -203,8 +203,8 @@ def test_schedules(name, arguments):
     for step in range(45):
         expected = np.asarray(theirs(step))
         for value in (own(step), own(jnp.int32(step)), jax.jit(own)(step)):
-            np.testing.assert_allclose(value, expected, rtol=2e-6, atol=1e-9, err_msg="at step "
-                                                                                      f"{step}")
+            np.testing.assert_allclose(value, expected, rtol=2e-6, atol=1e-9,
+                                       err_msg=f"at step {step}")
 
 
 def test_what_keras_refuses_is_refused():

@@ -42,8 +42,8 @@ def test_chain_is_associative_and_identity_is_neutral(a, b, c, p, g):
     left, right = lionax.chain(lionax.chain(a, b), c), lionax.chain(a, lionax.chain(b, c))
     assert left == right
     assert hash(left) == hash(right)
-    assert lionax.chain(a, lionax.identity()) == lionax.chain(lionax.identity(),
-                                                              a) == lionax.chain(a) == a
+    identity = lionax.identity()
+    assert lionax.chain(a, identity) == lionax.chain(identity, a) == lionax.chain(a) == a
     np.testing.assert_array_equal(run(left, jnp.asarray(p), [g, g]),
                                   run(right, jnp.asarray(p), [g, g]))
 

@@ -193,8 +193,8 @@ def test_callable_modules_are_masks_and_never_called():
     ({"dense": "bias", "scale": True}, TypeError, "at 'dense' it has 'bias'"),
     ({"dense": 1, "scale": True}, TypeError, "at 'dense' it has 1"),
     ({"dense": True}, ValueError, "no entry for the leaf 'scale'"),
-    ({"dense": True, "scale": True, "scales": True}, ValueError, r"an entry at 'scales', where "
-                                                                 r".*nearest paths: 'scale'"),
+    ({"dense": True, "scale": True, "scales": True}, ValueError,
+     r"an entry at 'scales', where .*nearest paths: 'scale'"),
     ({"dense": {"kernel": True}, "scale": True}, ValueError, "no entry for the leaf 'dense/bias'"),
     (jnp.array([True, False]), TypeError, "one bool per leaf"),
 ])

@@ -71,8 +71,8 @@ def test_any_mixture_of_sizes_and_magnitudes(parts):
 @pytest.mark.parametrize("form", [in_two_branches, in_three_sums])
 def test_groups_of_any_lengths(form):
     large, small = jnp.ones(1 << 14), jnp.full(3, 2.0)
-    groups = ((small, small), (large, )), ((small, large), ()), ((large, ),
-                                                                 (small, )), ((), (small, )), ()
+    groups = (((small, small), (large,)), ((small, large), ()), ((large,), (small,)),
+              ((), (small,)), ())
     norms = [list(map(float, form(each))) for each in groups]
     np.testing.assert_allclose(norms[0], [np.sqrt(24), 128], rtol=1e-6)
     np.testing.assert_allclose(norms[1], [np.sqrt(12 + 2**14), 0], rtol=1e-6)
@@ -249,8 +249,8 @@ def test_shard_map_gives_the_global_norms():
 
 def test_shard_map_counts_a_replicated_leaf_once():
     def norms(tree):
-        return joint_norm(jax.tree.leaves(tree)), joint_norm([tree["whole"]
-                                                              ]), joint_norm([tree["rows"]])
+        of = lambda *names: joint_norm([tree[name] for name in names])
+        return of(*tree), of("whole"), of("rows")
 
     together, whole, rows = jax.shard_map(norms, mesh=mesh(), in_specs=(SPECS, ),
                                           out_specs=P())(PARAMS)

@@ -136,9 +136,8 @@ def test_checkpoints_of_tensorflow():
     (keras3.Lion(), [1, 0.1, *PARAMS.values()], ["b", "a/bias", "a/kernel"], r"momentum of 'b' has "
      r"shape \(2, 3\), the "
      r"parameter \(3,\)"),
-    (keras3.Lion(), {"lion/iteration": 1, "lion/learning_rate": 0.1}, None, "no weight named "
-                                                                            "a_bias_momentum, the "
-                                                                            "momentum of 'a/bias'"),
+    (keras3.Lion(), {"lion/iteration": 1, "lion/learning_rate": 0.1}, None,
+     "no weight named a_bias_momentum, the momentum of 'a/bias'"),
     (keras2.Lion(), {
         "iteration:0": 1, "m/a/kernel:0": PARAMS["a/kernel"], "m/a/bias:0": PARAMS["b"],
         "m/b:0": PARAMS["b"], "average/b:0": PARAMS["b"]

@@ -80,10 +80,10 @@ def Lion(learning_rate: Scalar = 0.0001, beta_1: float = 0.9, beta_2: float = 0.
     if not 0 < beta_1 <= 1:
         raise ValueError(f"{owner}: beta_1={beta_1!r} is not accepted; give a number in (0, 1] (at "
                          "0 it would be SignSGD)")
+    mask = decayed(exclude_from_weight_decay, "path:0", owner)
     return chain(
         clipping(clipnorm, global_clipnorm, clipvalue), scale_by_lion(beta_1, beta_2),
-        add_decayed_weights(weight_decay or 0.0, decayed(exclude_from_weight_decay, "path:0",
-                                                         owner)),
+        add_decayed_weights(weight_decay or 0.0, mask),
         scale_by_learning_rate(check_rate(learning_rate, owner)),
         keras2_average(use_ema, ema_momentum, ema_overwrite_frequency, mesh))
 

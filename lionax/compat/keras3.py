@@ -334,8 +334,8 @@ def from_config(config: Mapping[str, Any]) -> Transformation:
     known = set(inspect.signature(_OPTIMIZERS[name]).parameters) - {"exclude_from_weight_decay"}
     arguments = _checked(fields, known, f"{owner}: {name}")
     if isinstance(arguments.get("learning_rate"), Mapping):
-        arguments["learning_rate"] = _rate_from_config(arguments["learning_rate"], f"{owner}: "
-                                                       f"{name}.learning_rate")
+        where = f"{owner}: {name}.learning_rate"
+        arguments["learning_rate"] = _rate_from_config(arguments["learning_rate"], where)
     try:
         return _OPTIMIZERS[name](**arguments)
     except TypeError as error:

@@ -158,11 +158,11 @@ class CosineDecay(Schedule):
 
     def __call__(self, step: Any) -> jax.Array:
         if self.warmup_target is None:
-            return jnp.asarray(
-                optax.cosine_decay_schedule(self.initial_learning_rate, self.decay_steps,
-                                            self.alpha)(_float(step)))
+            decay = optax.cosine_decay_schedule(self.initial_learning_rate, self.decay_steps,
+                                                self.alpha)
+            return jnp.asarray(decay(_float(step)))
         after = optax.cosine_decay_schedule(self.warmup_target, self.decay_steps, self.alpha)(
             jnp.maximum(_float(step) - self.warmup_steps, 0.0))
-        rise = (self.warmup_target - self.initial_learning_rate) * (_float(step) /
-                                                                    max(self.warmup_steps, 1))
+        fraction = _float(step) / max(self.warmup_steps, 1)
+        rise = (self.warmup_target - self.initial_learning_rate) * fraction
         return jnp.where(_float(step) < self.warmup_steps, rise + self.initial_learning_rate, after)

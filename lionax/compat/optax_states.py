@@ -135,12 +135,10 @@ def _filled(into: Any, moments: dict[str, Any], owner: str) -> Any:
         if kind is None:
             return node
         try:
-            return node._replace(
-                **{
-                    field: jax.tree_util.tree_map_with_path(one, getattr(node, field),
-                                                            getattr(moments[kind], field))
-                    for field in _FIELDS[kind]
-                })
+            trees = {field: (getattr(node, field), getattr(moments[kind], field))
+                     for field in _FIELDS[kind]}
+            return node._replace(**{field: jax.tree_util.tree_map_with_path(one, *pair)
+                                    for field, pair in trees.items()})
         except ValueError as error:
             raise ValueError(f"{owner}: {error}") from None
 

@@ -172,8 +172,8 @@ def from_weights(tx: Transformation, params: Any, weights: Sequence[Any] | Mappi
     (3, [0.25, -1.0])
     """
     owner = "compat.from_weights"
-    form, known, leaves = _Form.of(tx, owner), _Variables.of(params, variables,
-                                                             owner), _by_path(params)
+    form, leaves = _Form.of(tx, owner), _by_path(params)
+    known = _Variables.of(params, variables, owner)
     if isinstance(weights, Mapping):
         calls, rate, found = _from_dict(form, known, weights, owner)
     else:
@@ -328,9 +328,9 @@ def _from_dict(form: _Form, known: _Variables, weights: Mapping[str, Any], owner
 
     def take(names: Sequence[str]) -> Any:
         """The weight of one of these names, whatever stands before it."""
-        keys = sorted((key for key in free if any(key == name or key.endswith("/" + name)
-                                                  for name in names)), key=len)
-        return free.pop(keys[0]) if keys else None
+        found = [key for key in free
+                 if any(key == name or key.endswith("/" + name) for name in names)]
+        return free.pop(min(found, key=len)) if found else None
 
     count, rate, found = take(_COUNT), take(_RATE), {}
     numbered = {int(match[1]): value for key, value in free.items()

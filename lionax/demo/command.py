@@ -27,11 +27,10 @@ def _positive(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lionax", description="Composable gradient "
-                                                                "transformations for JAX.")
+    description = "Composable gradient transformations for JAX."
+    parser = argparse.ArgumentParser(prog="lionax", description=description)
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="train a small transformer with several optimizers and "
-                                            "compare them",
+    demo = commands.add_parser("demo", help="train a small transformer with several optimizers",
                                description="Trains a small causal transformer on the text of "
                                            "Python's help topics, once with each optimizer, from "
                                            "the same weights and on the same batches. Needs no "
@@ -39,8 +38,8 @@ def _parser() -> argparse.ArgumentParser:
                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     demo.add_argument("--optimizers", type=_names, default="lion,adamw", metavar="NAMES",
                       help=f"comma-separated, out of {','.join(CHOICES)} (adamw is Optax's)")
-    demo.add_argument("--steps", type=_positive, default=800, help="training steps with each "
-                                                                   "optimizer")
+    demo.add_argument("--steps", type=_positive, default=800,
+                      help="training steps with each optimizer")
     demo.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
     demo.add_argument("--out", type=pathlib.Path, default=pathlib.Path("lionax-demo.png"),
                       help="where to save the curves, as a PNG")

@@ -47,5 +47,5 @@ class Transformer(nnx.Module):
 def bits_per_character(model: Transformer, batch: jax.Array) -> jax.Array:
     """Mean cross-entropy of the next character, in bits; ``batch`` is int32 [batch, length + 1]."""
     logits = model(batch[:, :-1])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:,
-                                                                         1:]).mean() / jnp.log(2.0)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:])
+    return losses.mean() / jnp.log(2.0)

@@ -23,8 +23,8 @@ def main() -> None:
     """Trains with every rate of the grid; the demo takes the one with the lowest loss."""
     parser = argparse.ArgumentParser(prog="python -m lionax.demo.sweep", description=__doc__)
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=1, help="not the demo's, so that its run is "
-                                                            "not the one tuned on")
+    parser.add_argument("--seed", type=int, default=1,
+                        help="not the demo's, so that its run is not the one tuned on")
     options = parser.parse_args()
     corpus, reached = text.load(), {}
     for name, rates in GRID.items():
