@@ -241,6 +241,12 @@ def prepared(case: str, tree: str) -> Prepared:
     return Prepared(tx, params, tx.init(params), jax.jit(tx.step))
 
 
+def sampled(names: Any, every: int) -> list[Any]:
+    """Parameters of a test, of which only one in so many runs in the plain command."""
+    return [pytest.param(name, marks=() if i % every == 0 else pytest.mark.slow)
+            for i, name in enumerate(names)]
+
+
 def grouped(names: Any) -> list[Any]:
     """Parameters of a test, so that all tests of a case run in one process and share `prepared`."""
     return [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names]

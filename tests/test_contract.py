@@ -43,7 +43,7 @@ def test_state_and_params_keep_their_form_and_the_update_has_the_gradients(case,
     assert structure(stepped) == structure(state)
 
 
-@EVERY_CASE
+@pytest.mark.parametrize("case", cases.sampled(cases.CASES, 3))
 @over("nested", "none_leaves", "empty", "mixed", slow=("none_leaves", "empty", "mixed"))
 def test_steps_run_in_scan(case, tree):
     run = cases.prepared(case, tree)

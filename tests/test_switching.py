@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 import test_compat
-from cases import TREES, assert_equal, gradients
+from cases import TREES, assert_equal, gradients, sampled
 from cases import assert_close as assert_trees_close
 from test_compat import OURS, REPLAYED, assert_close, inputs, make
 from test_golden import CONFIG, GOLDEN, SHAPES, split
@@ -56,7 +56,7 @@ RECORDED = [name for name in REPLAYED if OURS[name].get("slots") and names_of(OU
 
 @pytest.mark.parametrize("form", [
     "list", *(pytest.param(form, marks=pytest.mark.slow) for form in ("dict", "numbers"))])
-@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.parametrize("name", sampled(RECORDED, 4))
 def test_a_recorded_run_goes_on(name, form):
     entry, order = OURS[name], list(SHAPES)
     with np.load(GOLDEN / entry["file"]) as recorded:
