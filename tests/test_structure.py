@@ -17,6 +17,14 @@ from jax.sharding import PartitionSpec as P
 import lionax
 from benchmarks import trees
 
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """Optax mixes dtypes."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 SHAPES = {"large": (160, 160), "other": (256, 128), "small": (7,), "third": (128, 160)}
 PARAMS = {name: cases.normal(*shape) for name, shape in SHAPES.items()}
 WHOLE = sum(leaf.nbytes for leaf in PARAMS.values())
