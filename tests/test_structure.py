@@ -11,20 +11,15 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+import test_optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lionax
 from benchmarks import trees
+from benchmarks.peers import optax_step
 
-
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """Optax mixes dtypes."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
+standard_promotion = test_optax.standard_promotion  # Optax mixes dtypes
 SHAPES = {"large": (160, 160), "other": (256, 128), "small": (7,), "third": (128, 160)}
 PARAMS = {name: cases.normal(*shape) for name, shape in SHAPES.items()}
 WHOLE = sum(leaf.nbytes for leaf in PARAMS.values())
@@ -182,14 +177,6 @@ def test_optax_with_the_options_still_keeps_more():
             program = compiled(step, params, state, lionax.compiler_options())
             kept.append(program.memory_analysis().temp_size_in_bytes)
         assert kept[0] < 0.6 * kept[1]
-
-
-def optax_step(tx):
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return step
 
 
 @pytest.mark.slow
