@@ -40,6 +40,7 @@ def test_the_limit_is_that_of_the_best_triad():
     assert measure.to_best_triad(rows, 24e6) == (rows, 24e6)
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_table_pictures_and_json(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(trees.QUICK, "mlp", lambda: trees.mlp(1, 64))
     command.main([

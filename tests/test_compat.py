@@ -94,7 +94,7 @@ def inputs(entry, trace, call, state):
 
 @pytest.mark.parametrize("mode", ["jitted step", *(
     pytest.param(mode, marks=pytest.mark.slow) for mode in ("jitted update", "step", "update"))])
-@pytest.mark.parametrize("name", cases.sampled(REPLAYED, 2))
+@pytest.mark.parametrize("name", cases.sampled(REPLAYED, 4))
 def test_replay(name, mode):
     entry = OURS[name]
     with np.load(GOLDEN / entry["file"]) as recorded:

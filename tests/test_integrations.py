@@ -70,7 +70,8 @@ def nnx_run(tx, compiled, steps=20):
     return losses, nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
-@pytest.mark.parametrize("compiled", [True, False], ids=["nnx.jit", "eager"])
+@pytest.mark.parametrize("compiled", [
+    pytest.param(True, id="nnx.jit"), pytest.param(False, id="eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", TXS)
 def test_nnx_optimizer(name, compiled):
     losses, _ = nnx_run(TXS[name](), compiled)

@@ -112,7 +112,7 @@ def assert_close(actual, expected, name, where):
 @pytest.mark.parametrize("rate", [pytest.param(0.02, marks=pytest.mark.slow), SCHEDULE],
                          ids=["number", "schedule"])
 @pytest.mark.parametrize("run", [
-    pytest.param(run, marks=() if run in ("exclusions", "all_at_once") else pytest.mark.slow)
+    pytest.param(run, marks=() if run == "all_at_once" else pytest.mark.slow)
     for run in RUNS
 ])
 @pytest.mark.parametrize("name", OPTIMIZERS)

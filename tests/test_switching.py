@@ -10,9 +10,9 @@ from cases import TREES, assert_equal, gradients, sampled
 from cases import assert_close as assert_trees_close
 from test_compat import OURS, REPLAYED, assert_close, inputs, make
 from test_golden import CONFIG, GOLDEN, SHAPES, split
-from test_optax import optax_step
 
 import lionax
+from benchmarks.peers import optax_step
 from lionax.compat import (
     dtensor,
     from_optax,
@@ -180,7 +180,7 @@ PEERS = {
 
 
 @pytest.mark.parametrize("rate", [0.05, SCHEDULE], ids=["number", "schedule"])
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", sampled(PEERS, 2))
 def test_a_run_of_optax_goes_on_and_comes_back(name, rate):
     """Optax to step 10, lionax to 18, Optax to 25: as Optax alone."""
     build, rtol = PEERS[name]
