@@ -171,8 +171,8 @@ class Case:
 def available(contenders: dict[str, Build]) -> dict[str, Build]:
     """Those whose packages, device and compiler are there."""
     needs = {
-        "Keras 3": ("keras", ), "PyTorch": ("torch", ), "lion-pytorch": ("torch", "lion_pytorch"),
-        "flashoptim": ("flashoptim_jax", )
+        "Keras 3": ("keras",), "PyTorch": ("torch",), "lion-pytorch": ("torch", "lion_pytorch"),
+        "flashoptim": ("flashoptim_jax",)
     }
     on_gpu = jax.default_backend() == "gpu"
     return {name: build for name, build in contenders.items()

@@ -46,8 +46,8 @@ def vit(layers: int = 12, width: int = 384, patch: int = 16, classes: int = 1000
     }
     return {
         "patches": {"kernel": (patch, patch, 3, width),
-                    "bias": (width, )}, "positions": (197, width), "class": (1, width),
-        "head": {"kernel": (width, classes), "bias": (classes, )}, **blocks
+                    "bias": (width,)}, "positions": (197, width), "class": (1, width),
+        "head": {"kernel": (width, classes), "bias": (classes,)}, **blocks
     }
 
 

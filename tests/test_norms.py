@@ -131,8 +131,8 @@ def test_derivative(x):
     x = jnp.array(x)
     slope = jax.grad(lambda x: joint_norm([x]))(x)
     np.testing.assert_allclose(slope, [0.6, 0.8], rtol=1e-6)
-    assert jax.jvp(lambda x: joint_norm([x]), (x, ),
-                   (x, ))[1] == pytest.approx(float(joint_norm([x])), rel=1e-6)
+    assert jax.jvp(lambda x: joint_norm([x]), (x,),
+                   (x,))[1] == pytest.approx(float(joint_norm([x])), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", EXTREME)
@@ -143,9 +143,9 @@ def test_each_by_itself_at_every_magnitude(name):
             assert float(norm_of_one) == pytest.approx(norm(array), rel=1e-6, abs=1.2e-38)
 
 
-@pytest.mark.parametrize("shapes", [((), ()), ((0, ), (0, )),
-                                    ((33, ), (33, )), ((63, 65), (63, 65)), ((64, 64), (64, 64)),
-                                    ((3, ), (4, )), ((3, 4), (4, 3)), ((5, ), (5, ), (5, )),
+@pytest.mark.parametrize("shapes", [((), ()), ((0,), (0,)),
+                                    ((33,), (33,)), ((63, 65), (63, 65)), ((64, 64), (64, 64)),
+                                    ((3,), (4,)), ((3, 4), (4, 3)), ((5,), (5,), (5,)),
                                     ((300, 300), (300, 300))])
 def test_each_by_itself(shapes):
     """Alike and small arrays share a loop on the CPU; that is not to be seen."""
@@ -254,7 +254,7 @@ def test_shard_map_counts_a_replicated_leaf_once():
         of = lambda *names: joint_norm([tree[name] for name in names])
         return of(*tree), of("whole"), of("rows")
 
-    together, whole, rows = jax.shard_map(norms, mesh=mesh(), in_specs=(SPECS, ),
+    together, whole, rows = jax.shard_map(norms, mesh=mesh(), in_specs=(SPECS,),
                                           out_specs=P())(PARAMS)
     assert float(whole) == pytest.approx(np.linalg.norm(PARAMS["whole"]), rel=1e-6)
     assert float(rows) == pytest.approx(np.linalg.norm(PARAMS["rows"]), rel=1e-6)

@@ -57,9 +57,9 @@ class _Form:
     def of(cls, tx: Transformation, owner: str) -> "_Form":
         """That of the constructor which made a transformation; refuses what none has made."""
         own = {
-            keras3.Lion: ("momentum", ), keras3.SGD: ("downhill", ),
-            keras3.Lamb: ("momentum", "velocity"), keras2.Lion: ("momentum", ),
-            keras2.SGD: ("downhill", ), dtensor.SGD: ("downhill", ),
+            keras3.Lion: ("momentum",), keras3.SGD: ("downhill",),
+            keras3.Lamb: ("momentum", "velocity"), keras2.Lion: ("momentum",),
+            keras2.SGD: ("downhill",), dtensor.SGD: ("downhill",),
             tf_models.LAMB: ("momentum", "velocity")
         }
         makers = [
