@@ -245,12 +245,11 @@ def prepared(case: str, tree: str) -> Prepared:
     return Prepared(tx, params, tx.init(params), jax.jit(tx.step, donate_argnums=(0, 1)))
 
 
-def sampled(names: Any, every: int) -> list[Any]:
-    """Parameters of a test, of which only one in so many runs in the plain command."""
-    return [pytest.param(name, marks=() if i % every == 0 else pytest.mark.slow)
+def grouped(names: Any, every: int = 1) -> list[Any]:
+    """Parameters of a test, of which one in so many runs in the plain command.
+
+    All tests of a name run in one process and share `prepared`.
+    """
+    return [pytest.param(name, marks=(pytest.mark.xdist_group(name),
+                                      *([pytest.mark.slow] if i % every else ())))
             for i, name in enumerate(names)]
-
-
-def grouped(names: Any) -> list[Any]:
-    """Parameters of a test, so that all tests of a case run in one process and share `prepared`."""
-    return [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names]

@@ -21,3 +21,10 @@ hypothesis.settings.load_profile("lionax")
 def _count_traces_anew():
     """chex tells functions apart by their hash, which a later test may have again."""
     chex.clear_trace_counter()
+
+
+@pytest.fixture
+def standard_promotion():
+    """Optax, Keras and their schedules mix dtypes."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield

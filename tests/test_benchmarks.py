@@ -4,12 +4,11 @@ import json
 
 import jax
 import pytest
-import test_optax
 
 from benchmarks import __main__ as command
 from benchmarks import measure, peers, trees
 
-standard_promotion = test_optax.standard_promotion  # Optax and Keras mix dtypes
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def test_trees_have_the_sizes_that_are_told():

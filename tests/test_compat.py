@@ -14,6 +14,7 @@ from test_golden import CONFIG, ENTRIES, GOLDEN, split
 import lionax
 from lionax.compat import dtensor, keras2, keras3, keras_schedules, tf_models
 
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 CONSTRUCTORS = {
     "tf_keras2_lion": keras2.Lion, "tf_keras2_sgd": keras2.SGD, "dtensor_sgd_tf212": dtensor.SGD,
     "dtensor_sgd_tf213": keras2.SGD, "keras3_lion": keras3.Lion, "keras3_sgd": keras3.SGD,
@@ -55,13 +56,6 @@ REPLAYED = [name for name, entry in OURS.items() if entry["file"]]
 REFUSED = [name for name, entry in OURS.items() if not entry["file"]]
 
 
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """Keras's schedules are written for it."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
 def slot(state, name, entry):
     if name == "momentum" and "sgd" in entry["system"]:
         return jax.tree.map(lambda t: -t, optax.tree.get(state, "trace"))  # Keras's points downhill
@@ -94,7 +88,7 @@ def inputs(entry, trace, call, state):
 
 @pytest.mark.parametrize("mode", ["jitted step", *(
     pytest.param(mode, marks=pytest.mark.slow) for mode in ("jitted update", "step", "update"))])
-@pytest.mark.parametrize("name", cases.sampled(REPLAYED, 4))
+@pytest.mark.parametrize("name", cases.grouped(REPLAYED, 4))
 def test_replay(name, mode):
     entry = OURS[name]
     with np.load(GOLDEN / entry["file"]) as recorded:

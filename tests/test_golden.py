@@ -13,17 +13,11 @@ import pytest
 
 import lionax
 
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 CONFIG = json.loads((GOLDEN / "config.json").read_text())
 ENTRIES = {f"{entry['system']}/{entry['config']}": entry for entry in CONFIG["entries"]}
 SHAPES = {name: tuple(CONFIG["shapes"][name]) for name in CONFIG["param_order"]}
-
-
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """The schedules mix dtypes."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def split(flat: np.ndarray) -> dict[str, np.ndarray]:

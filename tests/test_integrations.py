@@ -14,6 +14,7 @@ from flax.training.train_state import TrainState
 
 import lionax
 
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 X = jnp.asarray(np.random.default_rng(0).normal(size=(32, 4)), jnp.float32)
 Y = jnp.sin(X.sum(axis=1, keepdims=True))
 TXS = {
@@ -22,12 +23,6 @@ TXS = {
                                  lionax.lamb(1e-2, trust_mask=lionax.matching("kernel"))),
     "sgd": lambda: lionax.sgd(cases.SCHEDULE, 0.9, True),
 }
-
-
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.mark.parametrize("name", TXS)

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_compat
 
 import lionax
 from lionax.compat import from_weights, keras3, keras_schedules, to_weights
@@ -16,10 +15,10 @@ os.environ["KERAS_BACKEND"] = "jax"
 import keras
 
 # Keras's variables do not know NumPy's newest protocol; and Keras tells of gradients that are None.
-pytestmark = [pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy "
+pytestmark = [pytest.mark.usefixtures("standard_promotion"),
+              pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy "
                                          "keyword:DeprecationWarning"),
               pytest.mark.filterwarnings("ignore:Gradients do not exist for variables:UserWarning")]
-standard_promotion = test_compat.standard_promotion
 SHAPES = {"dense/kernel": (5, 3), "dense/bias": (3,), "norm/scale": (4,), "logit": ()}
 STEPS, SWITCH = 25, 10
 

@@ -9,11 +9,7 @@ import pytest
 
 import lionax
 
-
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def last_update(tx, params, grads, steps=1):

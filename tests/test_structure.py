@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-import test_optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -19,7 +18,7 @@ import lionax
 from benchmarks import trees
 from benchmarks.peers import optax_step
 
-standard_promotion = test_optax.standard_promotion  # Optax mixes dtypes
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 SHAPES = {"large": (160, 160), "other": (256, 128), "small": (7,), "third": (128, 160)}
 PARAMS = {name: cases.normal(*shape) for name, shape in SHAPES.items()}
 WHOLE = sum(leaf.nbytes for leaf in PARAMS.values())

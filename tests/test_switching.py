@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import test_compat
-from cases import TREES, assert_equal, gradients, sampled
+from cases import TREES, assert_equal, gradients, grouped
 from cases import assert_close as assert_trees_close
 from test_compat import OURS, REPLAYED, assert_close, inputs, make
 from test_golden import CONFIG, GOLDEN, SHAPES, split
@@ -26,7 +25,7 @@ from lionax.compat import (
 )
 
 SWITCH = 10
-standard_promotion = test_compat.standard_promotion
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def names_of(entry):
@@ -56,7 +55,7 @@ RECORDED = [name for name in REPLAYED if OURS[name].get("slots") and names_of(OU
 
 @pytest.mark.parametrize("form", [
     "list", *(pytest.param(form, marks=pytest.mark.slow) for form in ("dict", "numbers"))])
-@pytest.mark.parametrize("name", sampled(RECORDED, 4))
+@pytest.mark.parametrize("name", grouped(RECORDED, 4))
 def test_a_recorded_run_goes_on(name, form):
     entry, order = OURS[name], list(SHAPES)
     with np.load(GOLDEN / entry["file"]) as recorded:
@@ -180,7 +179,7 @@ PEERS = {
 
 
 @pytest.mark.parametrize("rate", [0.05, SCHEDULE], ids=["number", "schedule"])
-@pytest.mark.parametrize("name", sampled(PEERS, 2))
+@pytest.mark.parametrize("name", grouped(PEERS, 2))
 def test_a_run_of_optax_goes_on_and_comes_back(name, rate):
     """Optax to step 10, lionax to 18, Optax to 25: as Optax alone."""
     build, rtol = PEERS[name]
