@@ -73,6 +73,13 @@ def test_weights_of_uneven_micro_batches_and_a_flush():
     assert updates.tolist() == [-2.0]  # nothing is left of the window before
 
 
+def test_the_state_of_an_eager_step_can_be_donated():
+    tx = lionax.accumulate(lionax.lion(0.1), 3)
+    params, state = tx.step(PARAMS, tx.init(PARAMS), PARAMS)
+    _, state = jax.jit(tx.step, donate_argnums=(0, 1))(params, state, PARAMS)
+    assert int(state.rules.calls) == 2
+
+
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_a_window_that_is_not_finite_is_dropped_and_the_next_is_good(bad):
     tx = lionax.accumulate(lionax.lamb(0.1), 2)

@@ -19,7 +19,7 @@ from lionax.core.hyperparameters import get_hyperparams, set_hyperparams
 from lionax.core.state import State
 from lionax.core.transformation import Transformation
 from lionax.core.tree import is_placeholder, named_leaves
-from lionax.transforms.accumulation import AccumulateState
+from lionax.transforms.accumulation import AccumulateState, live_sum
 from lionax.transforms.adaptive import ScaleByAdamState
 from lionax.transforms.averaging import ParamsEmaState
 from lionax.transforms.momentum import TraceState
@@ -256,17 +256,12 @@ def _is_known(node: Any) -> bool:
     return isinstance(node, AccumulateState) or type(node) in _SLOTS
 
 
-def _not_used(total: Any, live: Any) -> Any:
-    """A sum of gradients; 0 after the sum was used."""
-    return jnp.where(live == 0, jnp.zeros_like(total), total)
-
-
 def _slots(state: Any) -> dict[str, Any]:
     """The trees of all slots in a state."""
     trees = {}
     for node in jax.tree.leaves(state, is_leaf=_is_known):
         if isinstance(node, AccumulateState):
-            sums = jax.tree.map(_not_used, node.gradients, node.live)
+            sums = jax.tree.map(live_sum, node.gradients, node.live)
             trees |= {"gradient_accumulator": sums, **_slots(node.inner)}
         trees |= {name: getattr(node, field) for field, name in _SLOTS.get(type(node), {}).items()}
     return trees

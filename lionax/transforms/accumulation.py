@@ -18,7 +18,7 @@ from lionax.core.tree import is_placeholder
 from lionax.transforms.combining import definition_of
 from lionax.transforms.conditional import refuse_loss_scale
 
-__all__ = ["Accumulate", "AccumulateState", "accumulate"]
+__all__ = ["Accumulate", "AccumulateState", "accumulate", "live_sum"]
 
 
 class AccumulateState(NamedTuple):
@@ -59,8 +59,7 @@ class Accumulate(Conditional):
         factor = jnp.where(due, 1 / total, 1.0)
         sums = jax.tree.map(lambda grad, old, live: _added(grad, old, live, weight, factor),
                             updates, state.gradients, state.live, is_leaf=is_placeholder)
-        live = _where_present(updates, 1, state.live)
-        return state._replace(weight=total, live=live, gradients=sums), due
+        return state._replace(weight=total, gradients=sums), due
 
     def inner_updates(self, updates: Any, state: AccumulateState) -> Any:
         return jax.tree.map(
@@ -72,16 +71,17 @@ class Accumulate(Conditional):
 
     def close(self, updates: Any, state: AccumulateState, due: Any,
               accepted: jax.Array) -> AccumulateState:
+        is_live = 1 - due.astype(jnp.int32)  # each leaf's is an array of its own: for donation
+        live = jax.tree.map(lambda grad, x: x if is_placeholder(grad) else jnp.zeros_like(x) +
+                            is_live, updates, state.live, is_leaf=is_placeholder)
         return state._replace(
             calls=jnp.where(due, 0, state.calls + 1), weight=jnp.where(due, 0.0, state.weight),
-            live=_where_present(updates, 1 - due.astype(jnp.int32), state.live),
-            dropped=state.dropped + (due & ~accepted).astype(jnp.int32))
+            live=live, dropped=state.dropped + (due & ~accepted).astype(jnp.int32))
 
 
-def _where_present(updates: Any, value: Any, old: Any) -> Any:
-    """A value for the leaves that have a gradient, the old one for the others."""
-    return jax.tree.map(lambda grad, x: x if is_placeholder(grad) else jnp.zeros_like(x) + value,
-                        updates, old, is_leaf=is_placeholder)
+def live_sum(total: Any, live: Any) -> Any:
+    """A sum of gradients; 0 after it was used."""
+    return jnp.where(live == 0, jnp.zeros_like(total), total)
 
 
 @jax.jit
@@ -89,7 +89,7 @@ def _added(grad: Any, total: Any, live: Any, weight: jax.Array, factor: jax.Arra
     """A sum, 0 if it was used, with one gradient more; the factor makes it the mean."""
     if is_placeholder(total):
         return total
-    kept = jnp.where(live == 0, jnp.zeros_like(total), total)
+    kept = live_sum(total, live)
     if is_placeholder(grad):
         return kept
     # The mean takes the place of the sum: as a further array it would be kept for the inner norms.
