@@ -164,8 +164,8 @@ def test_a_mask_from_the_gradients_or_parameters_is_the_same():
     tx = lionax.masked(lionax.scale(1.0), mask)
     tx.update(grads, tx.init(params), params)
     assert set(seen) == {5.0}
-    with pytest.raises(ValueError, match="masked: mask is a function of the parameters; pass them"):
-        tx.update(grads, tx.init(params))
+    tx.update(grads, tx.init(params))
+    assert seen[-1] == 7.0
 
 
 def test_callable_modules_are_masks_and_never_called():
@@ -188,8 +188,8 @@ def test_callable_modules_are_masks_and_never_called():
 
 
 @pytest.mark.parametrize(("mask", "error", "message"), [
-    ("bias", TypeError, r"masked: mask must be a tree of bool.*'bias'; to choose leaves by name, "
-                        r"use lionax.matching"),
+    ("bias", TypeError, r"masked: mask must be a tree of bool.*lionax\.matching.* to choose leaves "
+                        r"by path; .*'bias'"),
     ({"dense": "bias", "scale": True}, TypeError, "at 'dense' it has 'bias'"),
     ({"dense": 1, "scale": True}, TypeError, "at 'dense' it has 1"),
     ({"dense": True}, ValueError, "no entry for the leaf 'scale'"),
@@ -216,8 +216,8 @@ def test_bad_labels():
     with pytest.raises(ValueError, match=r"the leaf 'scale' has the label 'c', for which there is "
                                          r"no .*\['a', 'b'\]"):
         make({"dense": "a", "scale": "c"}).init(PARAMS)
-    with pytest.raises(TypeError, match="at 'scale' it has True"):
-        make({"dense": "a", "scale": True}).init(PARAMS)
+    with pytest.raises(TypeError, match=r"at 'scale' it has \{1\}"):
+        make({"dense": "a", "scale": {1}}).init(PARAMS)
     with pytest.raises(ValueError, match="no entry for the leaf 'scale'"):
         make({"dense": "a"}).init(PARAMS)
     with pytest.raises(TypeError, match="is not a mapping"):

@@ -1,17 +1,19 @@
 """Transformations made of transformations: chains, masks and partitions."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from lionax.core.definition import Combination, Foreign, Member
+from lionax.core.masks import Mask, freeze, select
 from lionax.core.rule import Applied, Definition, Rule, Step
 from lionax.core.transformation import Transformation, constructor
-from lionax.core.tree import Leaves, Mask, freeze
+from lionax.core.tree import Leaves
 
 __all__ = ["Chain", "Identity", "Masked", "NamedChain", "Partition", "SetToZero", "chain",
            "definition_of", "identity", "masked", "named_chain", "partition", "restrict",
@@ -24,8 +26,9 @@ def definition_of(tx: Any, owner: str) -> Definition:
         return tx.definition
     if callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None)):
         return Foreign(tx)
-    raise TypeError(f"{owner}: {tx!r} is not a gradient transformation; give what a constructor "
-                    "such as lionax.lion(1e-3) or optax.scale(-1.0) returns")
+    remedy = (f"unpack it: {owner}(*transformations)" if isinstance(tx, list | tuple) else
+              "give what a constructor such as lionax.lion(1e-3) or optax.scale(-1.0) returns")
+    raise TypeError(f"{owner}: {tx!r} is not a gradient transformation; {remedy}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +129,7 @@ class Masked(Combination):
     owner: str = "masked"  # for error messages
 
     def members(self, leaves: Leaves) -> list[Member]:
-        return [Member(self.part, leaves.select(self.mask, bool, self.owner, "mask"))]
+        return [Member(self.part, select(leaves, self.mask, bool, self.owner, "mask"))]
 
     def pack(self, states: list[Any]) -> Any:
         return states[0]
@@ -170,35 +173,43 @@ def masked(inner: optax.GradientTransformation, mask: Mask) -> Transformation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Partition(NamedChain):
-    """A definition for each label. Its state is a dict by label."""
+class Partition(Combination):
+    """A definition for each label. Its state is a dict by label, as a string."""
 
+    parts: tuple[tuple[Any, Definition], ...]
     labels: Any  # as `lionax.core.tree.freeze` gives it
 
     def members(self, leaves: Leaves) -> list[Member]:
-        chosen = leaves.select(self.labels, str, "partition", "param_labels")
+        chosen = select(leaves, self.labels, object, "partition", "param_labels")
         known = [label for label, _ in self.parts]
         for path, label in zip(leaves.paths, chosen, strict=True):
             if label is not None and label not in known:
                 raise ValueError(f"partition: the leaf {path!r} has the label {label!r}, for which "
                                  f"there is no transformation; there are {known}")
-        return [Member(part, [label == given for given in chosen], label)
+        return [Member(part, [label == given for given in chosen], str(label))
                 for label, part in self.parts]
+
+    def pack(self, states: list[Any]) -> Any:
+        return dict(zip((str(label) for label, _ in self.parts), states, strict=True))
+
+    def unpack(self, state: Any) -> Sequence[Any]:
+        return [state[str(label)] for label, _ in self.parts]
 
 
 @constructor
-def partition(transforms: Mapping[str, optax.GradientTransformation],
+def partition(transforms: Mapping[Hashable, optax.GradientTransformation],
               param_labels: Any) -> Transformation:
     """Applies another transformation to each group of leaves.
 
     Args:
-      transforms: label -> transformation, lionax's or Optax's.
+      transforms: label -> transformation, lionax's or Optax's. A label is anything hashable; the
+        state's keys are ``str(label)``.
       param_labels: a tree of labels with the parameters' structure or a prefix of it (matched by
-        path), or a function that makes one from the parameters.
+        path), a function that makes one from the parameters, or `labels`.
 
     Raises:
-      TypeError: for labels that are not strings.
-      ValueError: where it is used, for a label without a transformation, or a tree without fit.
+      ValueError: for two labels with one string; where it is used, for a label without a
+        transformation, or a tree without fit.
 
     >>> import jax.numpy as jnp, lionax
     >>> transforms = {"train": lionax.sgd(0.5), "freeze": lionax.set_to_zero()}
@@ -208,12 +219,16 @@ def partition(transforms: Mapping[str, optax.GradientTransformation],
     >>> {name: float(p) for name, p in sorted(params.items())}
     {'b': 2.0, 'w': 1.5}
     """
-    are_labels = isinstance(transforms, Mapping) and all(isinstance(x, str) for x in transforms)
-    if not are_labels:
-        raise TypeError(f"partition: transforms={transforms!r} is not a mapping from labels "
-                        "(strings) to transformations")
-    parts = {label: definition_of(transforms[label], "partition") for label in sorted(transforms)}
-    labels = freeze(param_labels, str, "partition", "param_labels")
+    if not isinstance(transforms, Mapping):
+        raise TypeError(f"partition: transforms={transforms!r} is not a mapping from labels to "
+                        "transformations")
+    names = Counter(map(str, transforms))
+    if len(names) < len(transforms):
+        raise ValueError(f"partition: two labels are both {names.most_common(1)[0][0]!r} as a "
+                         "string, the key of their state; rename one")
+    parts = {label: definition_of(transforms[label], "partition")
+             for label in sorted(transforms, key=str)}
+    labels = freeze(param_labels, object, "partition", "param_labels")
     return Transformation.of(Partition(tuple(parts.items()), labels))
 
 
@@ -221,7 +236,8 @@ def partition(transforms: Mapping[str, optax.GradientTransformation],
 class Identity(Rule):
     """The rule of `identity`."""
 
-    any_dtype = True
+    dtypes: ClassVar = (jnp.number, jnp.bool_)
+    is_memoryless: ClassVar = True
 
     def apply(self, update: jax.Array, slots: Any, param: Any, step: Step) -> Applied:
         return update, slots
@@ -243,7 +259,8 @@ def identity() -> Transformation:
 class SetToZero(Rule):
     """The rule of `set_to_zero`."""
 
-    any_dtype = True
+    dtypes: ClassVar = (jnp.number, jnp.bool_)
+    is_memoryless: ClassVar = True
 
     def apply(self, update: jax.Array, slots: Any, param: Any, step: Step) -> Applied:
         return jnp.zeros_like(update), slots
