@@ -194,3 +194,63 @@ def test_occurrences_are_numbered():
         "scale_by_learning_rate/learning_rate_0", "scale_by_learning_rate/learning_rate_1"
     }
     assert names(lionax.clip(1.0), lionax.sgd(0.1), lionax.sgd(0.2)) == two
+
+
+@pytest.mark.parametrize(("make", "name", "value", "accepted"), [
+    (lambda: lionax.lion(0.1), "learning_rate", -0.1, "a finite number of at least 0"),
+    (lambda: lionax.lion(0.1), "learning_rate", np.inf, "a finite number of at least 0"),
+    (lambda: lionax.lion(0.1), "learning_rate", np.nan, "a finite number of at least 0"),
+    (lambda: lionax.lion(0.1, b2=lionax.inject(0.9)), "b2", 1.5, r"a number in \[0, 1\]"),
+    (lambda: lionax.lamb(0.1, b2=lionax.inject(0.9)), "b2", 1.0, r"a number in \[0, 1\)"),
+    (lambda: lionax.ema(lionax.inject(0.9)), "decay", 1.0, r"a number in \[0, 1\)"),
+    (lambda: lionax.ema(lionax.inject(0.9), debias=False), "decay", 2.0, r"a number in \[0, 1\]"),
+    (lambda: lionax.params_ema(lionax.inject(0.9)), "decay", 2.0, r"a number in \[0, 1\]"),
+    (lambda: lionax.clip(lionax.inject(1.0)), "max_delta", -1.0, "a number of at least 0"),
+    (lambda: lionax.clip_by_global_norm(lionax.inject(1.0)), "max_norm", -1.0,
+     "a number of at least 0"),
+    (lambda: lionax.unscale(lionax.inject(2.0)), "factor", 0.0, "a finite number other than 0"),
+    (lambda: lionax.sgd(0.1, lionax.inject(0.9)), "momentum", 1.5, r"a number in \[0, 1\]"),
+    (lambda: lionax.adamw(0.1, weight_decay=lionax.inject(0.1)), "weight_decay", -1.0,
+     "a finite number of at least 0"),
+    (lambda: lionax.lamb(0.1, max_trust_ratio=lionax.inject(9.0)), "max_trust_ratio", -1.0,
+     "a finite number of at least 0"),
+])
+def test_assigned_values_have_the_range_of_given_ones(make, name, value, accepted):
+    state = optax.chain(make()).init(PARAMS)
+    message = rf"set_hyperparams: {name}={value} is not accepted; give {accepted}"
+    with pytest.raises(ValueError, match=message):
+        lionax.set_hyperparams(state, **{name: value})
+    with pytest.raises(ValueError, match=rf"{name}=.* is not accepted"):
+        lionax.set_hyperparams(state, **{name: np.float32(value)})
+    jax.jit(lambda state, value: lionax.set_hyperparams(state, **{name: value}))(state, value)
+
+
+def test_an_infinite_limit_is_a_limit():
+    state = lionax.clip_by_global_norm(lionax.inject(1.0)).init(PARAMS)
+    lionax.set_hyperparams(state, max_norm=np.inf)
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda tx: tx, lambda tx: lionax.accumulate(tx, 2), lambda tx: lionax.skip_nonfinite(tx, 2),
+    lambda tx: lionax.dynamic_loss_scale(lionax.accumulate(tx, 2))])
+def test_names_are_short_whatever_stands_around(wrap):
+    tx = wrap(lionax.lion(0.1, b1=lionax.inject(0.9)))
+    assert set(lionax.get_hyperparams(tx.init(PARAMS))) == {"learning_rate", "b1"}
+
+
+def test_a_group_s_name_does_not_depend_on_the_other_groups():
+    params = {"x": jnp.ones(2), "y": jnp.ones(2)}
+    for other in (lionax.sgd(0.1), lionax.set_to_zero()):
+        tx = lionax.partition({"x": lionax.sgd(0.1), "y": other}, {"x": "x", "y": "y"})
+        assert "x/learning_rate" in lionax.get_hyperparams(tx.init(params))
+        lionax.set_hyperparams(tx.init(params), **{"x/learning_rate": 0.2})
+        lionax.set_hyperparams(tx.init(params), learning_rate=0.2)
+
+
+def test_flax_serializes_a_state():
+    flax_serialization = pytest.importorskip("flax.serialization")
+    state = lionax.set_hyperparams(lionax.lion(0.1).init(PARAMS), learning_rate=0.5)
+    data = flax_serialization.to_bytes(state)
+    restored = flax_serialization.from_bytes(lionax.lion(0.1).init(PARAMS), data)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    assert float(lionax.get_hyperparams(restored)["learning_rate"]) == 0.5

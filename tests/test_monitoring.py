@@ -75,7 +75,7 @@ def test_prints_as_a_table():
     lines = str(lionax.plan(lionax.sgd(0.1), PARAMS)).splitlines()
     names = ["sweep 1", "state", "read", "written", "aliased", "temporary", "flops"]
     assert [line[:10].strip() for line in lines] == names
-    assert lines[1].split() == ["state", "9", "bytes", "0.56", "per", "parameter"]
+    assert lines[1].split() == ["state", "12", "bytes", "0.75", "per", "parameter"]
     assert "per parameter" not in str(lionax.plan(lionax.sgd(0.1), {}))
 
 

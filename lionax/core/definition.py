@@ -1,17 +1,20 @@
 """Definitions made of definitions: combinations, Optax's transformations, conditionals."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
 import optax
 
 from lionax.core import norms
-from lionax.core.rule import Definition
+from lionax.core.hyperparameters import Held, Injected
+from lionax.core.rule import Definition, Rule
 from lionax.core.tree import Leaves, present_arrays
 
-__all__ = ["Combination", "Conditional", "Foreign", "Member", "TreeWide", "nested"]
+__all__ = ["Combination", "Conditional", "Foreign", "Member", "TreeWide", "is_stateless",
+           "nested"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +61,13 @@ class Foreign(TreeWide):
         name = getattr(self.tx.update, "__qualname__", repr(self.tx))
         return name.removesuffix(".<locals>.update_fn")
 
+    @property
+    def takes(self) -> Collection[str]:
+        if not isinstance(self.tx, optax.GradientTransformationExtraArgs):
+            return ()
+        parameters = inspect.signature(self.tx.update).parameters.values()
+        return ["**" if p.kind is p.VAR_KEYWORD else p.name for p in parameters]
+
     def init(self, params: Any) -> Any:
         return self.tx.init(params)
 
@@ -77,7 +87,12 @@ class Conditional(TreeWide):
     """
 
     inner: Definition
+    sums = True  # whether `accepts` sums over all leaves
     arguments: ClassVar[tuple[str, ...]] = ()  # the extra arguments that it takes from its caller
+
+    @property
+    def takes(self) -> Collection[str]:
+        return self.arguments
 
     def open(self, updates: Any, state: Any,
              extra: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -88,7 +103,8 @@ class Conditional(TreeWide):
         """What the inner definition gets, from the updates and the state of `open`."""
         return updates
 
-    def accepts(self, updates: Any, state: Any) -> jax.Array:
+    def accepts(self, updates: Any, state: Any, params: Any,
+                extra: Mapping[str, Any]) -> jax.Array:
         """Whether the inner definition runs, from the updates and the state of `open`."""
         return norms.all_finite(present_arrays(updates))
 
@@ -111,3 +127,20 @@ def nested(definition: Any) -> Iterator[Definition]:
     elif isinstance(definition, Definition) and dataclasses.is_dataclass(definition):
         for field in dataclasses.fields(definition):
             yield from nested(getattr(definition, field.name))
+
+
+def is_stateless(definition: Definition, but_for_rates: bool = False) -> bool:
+    """Whether it keeps nothing from step to step: no slots, no count, no hyperparameters."""
+    return all(isinstance(part, Combination)
+               or (isinstance(part, Rule) and _is_constant(part, but_for_rates))
+               for part in nested(definition))
+
+
+def _is_constant(rule: Rule, but_for_rates: bool) -> bool:
+    """Whether a rule needs neither slots nor the count, nor a value that the state holds."""
+    scalars = [(field.metadata, getattr(rule, field.name)) for field in dataclasses.fields(rule)
+               if "scalar" in field.metadata]
+    return rule.is_memoryless and not any(
+        isinstance(value, Injected) or callable(value)
+        or (metadata["recorded"] and not but_for_rates and not isinstance(value, Held | None))
+        for metadata, value in scalars)

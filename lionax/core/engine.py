@@ -21,10 +21,17 @@ from jax.core import Tracer
 
 from lionax.core import norms, storage
 from lionax.core.definition import Conditional
-from lionax.core.layout import Layout, Stage, sweeps
+from lionax.core.layout import Layout, Stage, StateError, sweeps
 from lionax.core.rule import Definition, Observer, Step
 from lionax.core.settings import Settings, StaticRule
-from lionax.core.state import State, slots_of_leaves, trees_of_slots
+from lionax.core.state import (
+    State,
+    first_difference,
+    needs_no_state,
+    slots_of_leaves,
+    state_of_step,
+    trees_of_slots,
+)
 from lionax.core.tree import Leaves, check_structures, is_placeholder
 from lionax.core.varying import varying_like_result
 
@@ -89,23 +96,26 @@ class Run:
 
     def __init__(self, definition: Definition, grads: Any, state: State, params: Any,
                  extra: dict[str, Any]):
-        if not isinstance(state, State):
-            raise TypeError(f"the state is a {type(state).__name__}, not a lionax State; make it "
-                            "with tx.init(params)")
-        self.extra, self.count = extra, state.count
         self.grads = Leaves.of(grads, params)
+        self.layout = Layout.of(definition, self.grads)
+        self.given, state = state, state_of_step(state, self.layout)
+        self.extra, self.count = extra, state.count
         self.params = None if params is None else Leaves.of(params, params)
         if self.params is not None:
             check_structures(self.grads, self.params)
         self.updates: list[Any] = list(self.grads.values)
         absent = [None] * len(self.updates)
         self.param: list[Any] = absent if self.params is None else list(self.params.values)
-        self.layout = Layout.of(definition, self.grads)
         self.stages = [self._seeing_params(stage) for stage in self.layout.stages]
-        self.settings = Settings(self.stages, state.count, state.hyperparameters)
-        states = self.layout.unpack(state.rules)
-        self.slots = [old if stage.is_tree_wide else slots_of_leaves(old, stage, self.grads)
-                      for stage, old in zip(self.stages, states, strict=True)]
+        try:
+            self.settings = Settings(self.stages, state.count, state.hyperparameters)
+            pairs = zip(self.stages, self.layout.unpack(state.rules), strict=True)
+            self.slots: list[Any] = [
+                old if stage.is_tree_wide else slots_of_leaves(old, stage, self.grads)
+                for stage, old in pairs]
+        except StateError as error:
+            tree = grads if params is None else params
+            raise StateError(f"{error}. {first_difference(state, definition, tree)}") from None
         self.bound: dict[Any, Any] = {}
 
     def _seeing_params(self, stage: Stage) -> Stage:
@@ -118,6 +128,8 @@ class Run:
 
     def state(self) -> State:
         """The new state."""
+        if needs_no_state(self.layout.definition, self.given):
+            return self.given
         rules = [slots if stage.is_tree_wide else trees_of_slots(slots, stage, self.grads)
                  for stage, slots in zip(self.stages, self.slots, strict=True)]
         count = jnp.asarray(optax.safe_increment(self.count))
@@ -140,6 +152,7 @@ class Run:
         for leaf in leaves:
             self._check(stage, leaf)
         arrays = {"update": self.updates, "param": self.param}
+        self.grads.check_devices(self.updates, stage.active, stage.rule.name)
         return tuple(norms.joint_norm([arrays[name][leaf] for leaf in leaves])
                      for name in stage.rule.norms_of)
 
@@ -173,9 +186,9 @@ class Run:
             raise ValueError(f"{rule.name}: needs the parameters (here {path!r}); call "
                              "update(grads, state, params)")
         if update is not None:
-            rule.check_dtype(update, f"the gradient of {path!r}")
+            rule.check_leaf(update, f"the gradient of {path!r}")
         if param is not None:
-            rule.check_dtype(param, f"the parameter {path!r}")
+            rule.check_leaf(param, f"the parameter {path!r}")
         like: Any = param if update is None else update
         shapes = jax.tree.map(jnp.shape, slots)
         if any(shape != like.shape for shape in map(jnp.shape, jax.tree.leaves(slots))) and (
@@ -187,8 +200,9 @@ class Run:
         """Runs an Optax transformation."""
         params = None if self.params is None else self.params.tree(self.param, stage.active)
         updates = self.grads.tree(self.rounded_updates(), stage.active)
+        extra = {name: self.grads.masked(value, stage.active) for name, value in self.extra.items()}
         new, self.slots[stage.index] = stage.rule.update(
-            updates, self.slots[stage.index], params, self.extra)
+            updates, self.slots[stage.index], params, extra)
         self.updates = self._replaced(self.updates, stage, new)
 
     def _replaced(self, values: Sequence[Any], stage: Stage, tree: Any) -> list[Any]:
@@ -203,6 +217,8 @@ class Run:
         own = {name: value for name, value in self.extra.items() if name in rule.arguments}
         params = None if self.params is None else self.params.tree(self.param, stage.active)
         arrived = self.grads.tree(self.updates, stage.active)
+        if rule.sums:
+            self.grads.check_devices(self.updates, stage.active, rule.name)
         state, due = rule.open(arrived, self.slots[stage.index], own)
 
         def inner_step(carry, inner):
@@ -212,7 +228,7 @@ class Run:
             return update(rule.inner, updates, inner, params, extra)
 
         def due_call(carry, inner, _):
-            accepted = rule.accepts(arrived, state)
+            accepted = rule.accepts(arrived, state, params, extra)
             return *_branch(accepted, inner_step, carry, inner), accepted
 
         carry = params if writes else jax.tree.map(lambda u: jnp.zeros_like(_loaded(u)), arrived)
@@ -257,7 +273,8 @@ def _apply(static: StaticRule, operands: dict[str, jax.Array], update: Any, slot
     """A rule, applied to one leaf: the new update and slots."""
     rule, arrays = static.with_values(operands), {"update": update, "param": param}
     if rule.scope == "leaf":
-        tree_norms = norms.norm_of_each([arrays[name] for name in rule.norms_of])
+        tree_norms = norms.norm_of_each([arrays[name] for name in rule.norms_of],
+                                        rule.norm_axes)
     cast = functools.partial(storage.load, dtype=static.dtype)
     update, old, param, measured = jax.tree.map(cast, (update, slots, param, tree_norms))
     update, new = rule.apply(update, old, param, Step(count, measured, shared))

@@ -5,29 +5,81 @@ Optax's) or ``inject(value)``. None of these ever changes a dtype.
 """
 
 import dataclasses
+import functools
+import inspect
 import math
+import sys
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.tree_util import DictKey
 
 from lionax.core import storage
 
-__all__ = ["Hyperparameter", "Injected", "Interval", "Scalar", "check_count", "check_scalar",
-           "get_hyperparams", "inject", "scalar", "set_hyperparams", "value_at"]
+__all__ = ["Held", "Hyperparameters", "Injected", "Interval", "Scalar", "check_count",
+           "check_scalar", "flag", "get_hyperparams", "inject", "named", "register_with_flax",
+           "scalar", "set_hyperparams", "value_at"]
 
 Scalar = Any
 """A float, a 0-d array, a schedule (step -> value) or ``inject(value)``."""
 
+LARGEST = sys.float_info.max  # the bound of what must be finite
 
-class Hyperparameter(NamedTuple):
-    """A learning rate in the state, or what was given as ``inject(value)``."""
 
-    value: jax.Array  # float32 []: the value that the last step used, or that was assigned
-    overridden: jax.Array  # bool []: whether this value counts, not the definition's
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """The numbers that an argument accepts."""
+
+    low: float = -LARGEST
+    high: float = LARGEST
+    open_high: bool = False
+    nonzero: bool = False
+    remedy: str = ""
+
+    def __contains__(self, x: float) -> bool:
+        is_below = x < self.high if self.open_high else x <= self.high
+        return self.low <= x and is_below and not (self.nonzero and x == 0)
+
+    def __repr__(self) -> str:
+        return f"<{self}>"
+
+    def __str__(self) -> str:
+        if self.low == -LARGEST:
+            return "a finite number other than 0" if self.nonzero else "a finite number"
+        if self.high >= LARGEST:
+            kind = "number" if math.isinf(self.high) else "finite number"
+            return f"a {kind} of at least {self.low:g}"
+        return f"a number in [{self.low:g}, {self.high:g}{')' if self.open_high else ']'}"
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "assigned"],
+                   meta_fields=["accepted"])
+@dataclasses.dataclass(frozen=True)
+class Hyperparameters:
+    """The hyperparameters in a state: learning rates, and what was given as ``inject(value)``."""
+
+    values: dict[str, jax.Array]  # float32 []: what the last step used, or what was assigned
+    assigned: dict[str, jax.Array]  # int32 []: by `flag` of the name, 1 if the value counts
+    accepted: tuple[tuple[str, Interval], ...]  # the names, sorted, and their ranges
+
+
+def register_with_flax() -> None:
+    """Lets ``flax.serialization`` save the node, if Flax is there."""
+    flax = sys.modules.get("flax.serialization")
+    if flax is not None:
+        flax.register_serialization_state(
+            Hyperparameters,
+            lambda node: {"values": node.values, "assigned": node.assigned},
+            lambda node, saved: dataclasses.replace(node, **saved), override=True)
+
+
+def flag(name: str) -> str:
+    """The key in ``assigned``. It is not the name, which ``optax.tree.get`` should find once."""
+    return f"{name} counts"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +87,28 @@ class Injected:
     """A hyperparameter that lives in the state; made by `inject`."""
 
     value: Any
+    name: str = ""  # in the state; the rule's name for it if empty
+    accepted: Interval | None = None  # the range; the rule's if None
 
     def __repr__(self) -> str:
         return f"inject({self.value!r})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """A learning rate that is traced: as with ``optax.inject_hyperparams``, the caller holds it."""
+
+    value: Any
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+def named(value: Scalar, name: str, accepted: Interval | None = None) -> Scalar:
+    """An injected value with the public argument's name and range; anything else as it is."""
+    if not isinstance(value, Injected):
+        return value
+    return dataclasses.replace(value, name=name, accepted=accepted)
 
 
 def inject(value: float) -> Injected:
@@ -55,34 +126,18 @@ def inject(value: float) -> Injected:
     return Injected(check_scalar(value, Interval(), "inject", "value", dynamic=False))
 
 
-@dataclasses.dataclass(frozen=True)
-class Interval:
-    """The numbers that an argument accepts."""
-
-    low: float = -math.inf
-    high: float = math.inf
-    open_high: bool = False
-    remedy: str = ""
-
-    def __contains__(self, x: float) -> bool:
-        return self.low <= x and (x < self.high if self.open_high else x <= self.high)
-
-    def __str__(self) -> str:
-        if math.isinf(self.high):
-            return "a number" if math.isinf(self.low) else f"a number of at least {self.low:g}"
-        return f"a number in [{self.low:g}, {self.high:g}{')' if self.open_high else ']'}"
-
-
-def scalar(default: Any = dataclasses.MISSING, *, low: float = -math.inf, high: float = math.inf,
-           open_high: bool = False, recorded: bool = False, remedy: str = "") -> Any:
+def scalar(default: Any = dataclasses.MISSING, *, low: float = -LARGEST, high: float = LARGEST,
+           open_high: bool = False, nonzero: bool = False, recorded: bool = False,
+           remedy: str = "") -> Any:
     """A field of a `Rule` that holds a `Scalar`, checked when the rule is made.
 
     Args:
       default: the field's default.
-      low: the least value accepted.
-      high: the greatest value accepted.
+      low: the least value accepted; any finite number if it is left out.
+      high: the greatest value accepted, of the same kind; ``math.inf`` accepts infinity.
       open_high: whether ``high`` itself is refused.
-      recorded: whether the state always holds it, injected or not.
+      nonzero: whether 0 is refused.
+      recorded: whether the state always holds it, injected or not, unless it is a tracer.
       remedy: what an error tells to do instead of a value out of range.
 
     >>> import dataclasses, lionax
@@ -92,7 +147,8 @@ def scalar(default: Any = dataclasses.MISSING, *, low: float = -math.inf, high: 
     >>> Shift(0.5).name, Shift(0.5).by
     ('shift', 0.5)
     """
-    metadata = {"scalar": Interval(low, high, open_high, remedy), "recorded": recorded}
+    interval = Interval(low, high, open_high, nonzero, remedy)
+    metadata = {"scalar": interval, "recorded": recorded}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -105,7 +161,10 @@ def check_scalar(value: Any, accepted: Interval, owner: str, argument: str,
     elif dynamic and isinstance(value, Injected):
         check_scalar(value.value, accepted, owner, argument)
         return value
+    elif dynamic and isinstance(value, Held):
+        return value
     elif dynamic and callable(value):
+        _check_schedule(value, owner, argument)
         return value
     elif _is_number(value) and float(value) in accepted:
         return float(value)
@@ -113,6 +172,18 @@ def check_scalar(value: Any, accepted: Interval, owner: str, argument: str,
     remedy = f"; {accepted.remedy}" if accepted.remedy else ""
     kind = ValueError if _is_number(value) else TypeError
     raise kind(f"{owner}: {argument}={value!r} is not accepted; give {accepted}{schedule}{remedy}")
+
+
+def _check_schedule(schedule: Any, owner: str, argument: str) -> None:
+    """Refuses a function that does not take the step: a compiled step would call it once."""
+    try:
+        inspect.signature(schedule).bind(0)
+    except TypeError:
+        raise TypeError(f"{owner}: {argument}={schedule!r} cannot be called with the step alone; "
+                        "give a schedule, a function of the step, or assign a value with "
+                        f"lionax.set_hyperparams(state, {argument}=...)") from None
+    except ValueError:  # no signature to be had
+        pass
 
 
 def check_count(value: Any, owner: str, argument: str, of: str = "steps, at least 1") -> None:
@@ -132,26 +203,32 @@ def _is_number(value: Any) -> bool:
 def value_at(definition: Any, count: jax.Array, owner: str) -> Any:
     """What a canonical `Scalar` is at a step: a float if it is constant, else a 0-d array."""
     if not callable(definition):
-        return definition.value if isinstance(definition, Injected) else definition
-    value: Any = definition(count)
-    if value is None or jnp.shape(value) != ():
-        what = "None" if value is None else f"shape {jnp.shape(value)}"
+        return definition.value if isinstance(definition, Injected | Held) else definition
+    try:
+        value: Any = definition(count)
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError,
+            jax.errors.TracerIntegerConversionError) as error:
+        raise TypeError(f"{owner}: the schedule {definition!r} needs the number of the step, which "
+                        "is traced in a compiled step; write jnp.where instead of Python's if, and "
+                        "jax.numpy instead of numpy") from error
+    is_number = _is_number(value) or isinstance(value, Tracer)
+    if not is_number or jnp.shape(value) != ():
+        what = f"shape {jnp.shape(value)}" if isinstance(value, jax.Array) else repr(value)
         raise ValueError(f"{owner}: a schedule must return a scalar; at this step it gave {what}")
     return value
 
 
-def _is_hyperparameter(node: Any) -> bool:
-    return isinstance(node, Hyperparameter)
+def _is_node(node: Any) -> bool:
+    return isinstance(node, Hyperparameters)
 
 
-def _found(state: Any) -> dict[Any, tuple[str, Any]]:
-    """The name and node of every hyperparameter of a state, by key path."""
-    pairs, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_hyperparameter)
-    nodes = {keys: node for keys, node in pairs if _is_hyperparameter(node)}
-    times = Counter(keys[-1].key for keys in nodes)
-    full = {keys: jax.tree_util.keystr(keys, simple=True, separator="/") for keys in nodes}
-    return {keys: (keys[-1].key if times[keys[-1].key] == 1 else full[keys], node)
-            for keys, node in nodes.items()}
+def _found(state: Any) -> dict[tuple[Any, str], str]:
+    """The name of every hyperparameter of a state, by its node's key path and its name there."""
+    pairs, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_node)
+    held = [(keys, name) for keys, node in pairs if _is_node(node) for name in node.values]
+    times = Counter(name for _, name in held)
+    return {(keys, name): name if times[name] == 1 else jax.tree_util.keystr(
+        (*keys, DictKey(name)), simple=True, separator="/") for keys, name in held}
 
 
 def get_hyperparams(state: Any) -> dict[str, jax.Array]:
@@ -162,14 +239,18 @@ def get_hyperparams(state: Any) -> dict[str, jax.Array]:
 
     Returns:
       Name to float32 scalar: the value that the last step used or, if assigned since, the next will
-      use. A name that several share is qualified by where it stands: ``head/learning_rate``.
+      use. A name is the argument's. In a group it is qualified: ``head/learning_rate``. Where
+      several transformations share a name, each is qualified by where it stands in the state.
 
     >>> import jax.numpy as jnp, lionax
     >>> state = lionax.lion(1e-3).init(jnp.ones(2))
     >>> {name: round(float(value), 6) for name, value in lionax.get_hyperparams(state).items()}
     {'learning_rate': 0.001}
     """
-    return {name: jax.tree.leaves(node.value)[0] for name, node in _found(state).values()}
+    pairs, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_node)
+    nodes = {keys: node for keys, node in pairs if _is_node(node)}
+    return {full: jax.tree.leaves(nodes[keys].values[name])[0]
+            for (keys, name), full in _found(state).items()}
 
 
 def set_hyperparams(state: Any, **values: Any) -> Any:
@@ -181,11 +262,13 @@ def set_hyperparams(state: Any, **values: Any) -> Any:
     Args:
       state: as `get_hyperparams`.
       **values: new value by name; None returns to the number or schedule of the definition. A plain
-        name sets all that share it; a qualified one, ``**{"head/b1": 0.9}``, comes before.
+        name sets all that share it; a qualified one, ``**{"head/b1": 0.9}``, comes before. Traced
+        values are not checked.
 
     Raises:
       KeyError: for a name that the state does not hold.
       TypeError: for a value that is not a scalar.
+      ValueError: for a value out of the argument's range.
 
     >>> import jax.numpy as jnp, lionax
     >>> tx = lionax.sgd(1.0)
@@ -193,27 +276,38 @@ def set_hyperparams(state: Any, **values: Any) -> Any:
     >>> tx.update(jnp.ones(2), state)[0].tolist()
     [-0.5, -0.5]
     """
-    held = {keys: name for keys, (name, _) in _found(state).items()}
-    plain = {keys: keys[-1].key.rpartition("/")[2] for keys in held}
-    named = {keys: next((given for given in values if given in (name, plain[keys])), None)
-             for keys, name in held.items()}
+    held = _found(state)
+    given = {key: next((known for known in (full, key[1].rpartition("/")[2]) if known in values),
+                       None) for key, full in held.items()}
     for name in values:
-        if name not in named.values():
+        if name not in given.values():
             raise KeyError(f"set_hyperparams: the state holds no hyperparameter {name!r}; it holds "
                            f"{', '.join(sorted(held.values())) or 'none'}. Give an argument as "
                            "inject(value) to assign it")
 
-    def assign(keys, node):
-        name = named.get(keys)
-        if name is None:
+    def assign(keys: Any, node: Any) -> Any:
+        if not _is_node(node):
             return node
-        value = values[name]
-        if value is None:
-            return Hyperparameter(node.value, storage.in_place_of(False, node.overridden))
-        (held_value,) = jax.tree.leaves(node.value)
-        if np.ndim(value) == 0 or np.shape(value) != held_value.shape:  # vmap: an array of them
-            value = check_scalar(value, Interval(), "set_hyperparams", name, dynamic=False)
-        return Hyperparameter(storage.in_place_of(value, node.value),
-                              storage.in_place_of(True, node.overridden))
+        new, assigned = dict(node.values), dict(node.assigned)
+        for name, accepted in node.accepted:
+            spelled = given[keys, name]
+            if spelled is not None:
+                value, key = values[spelled], flag(name)
+                assigned[key] = storage.in_place_of(value is not None, assigned[key])
+                if value is not None:
+                    new[name] = _assigned(value, new[name], accepted, spelled)
+        return dataclasses.replace(node, values=new, assigned=assigned)
 
-    return jax.tree_util.tree_map_with_path(assign, state, is_leaf=_is_hyperparameter)
+    return jax.tree_util.tree_map_with_path(assign, state, is_leaf=_is_node)
+
+
+def _assigned(value: Any, old: Any, accepted: Interval, name: str) -> Any:
+    """A value in place of the old one; under ``vmap`` it may be an array of values."""
+    (held,) = jax.tree.leaves(old)
+    is_batch = np.ndim(value) > 0 and np.shape(value) == held.shape
+    if not is_batch:
+        check_scalar(value, accepted, "set_hyperparams", name, dynamic=False)
+    elif not isinstance(value, Tracer):
+        for each in np.ravel(value):
+            check_scalar(each, accepted, "set_hyperparams", name, dynamic=False)
+    return storage.in_place_of(value, old)

@@ -8,13 +8,15 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
-
 from lionax.core.definition import Combination, TreeWide
 from lionax.core.rule import Definition, Rule
 from lionax.core.tree import Leaves
 
-__all__ = ["Layout", "Stage", "sweeps"]
+__all__ = ["Layout", "Stage", "StateError", "sweeps"]
+
+
+class StateError(ValueError):
+    """A state that another transformation made."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,8 +71,8 @@ class Layout:
         try:
             pairs = list(zip(self.parts, self.definition.unpack(state), strict=True))
         except (TypeError, KeyError, ValueError):
-            raise ValueError(f"the state {jax.tree.map(jax.numpy.shape, state)} does not fit "
-                             f"{self.definition}: it was made by another transformation") from None
+            raise StateError(f"the state does not fit {self.definition}: it was made by another "
+                             "transformation") from None
         return [inner for part, own in pairs for inner in part.unpack(own)]
 
     def pack(self, states: Iterator[Any]) -> Any:

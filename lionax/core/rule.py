@@ -36,15 +36,17 @@ Rules are data: two transformations built alike are equal, hash alike, pickle an
 
 import dataclasses
 import re
+from collections.abc import Collection
 from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from lionax.core import storage
-from lionax.core.hyperparameters import check_scalar
+from lionax.core.hyperparameters import Held, Interval, check_scalar
 
 __all__ = ["Applied", "Definition", "Observer", "Rule", "Step"]
 
@@ -69,6 +71,11 @@ class Definition:
         """Its name in errors and plans: ``scale_by_lion`` for the class ``ScaleByLion``."""
         return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
 
+    @property
+    def takes(self) -> Collection[str]:
+        """The extra arguments that it takes; ``**`` stands for any."""
+        return ()
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule(Definition):
@@ -85,8 +92,11 @@ class Rule(Definition):
     norms_of: ClassVar[tuple[Literal["update", "param"], ...]] = ()
     """The arrays whose norms `apply` needs."""
 
-    any_dtype: ClassVar[bool] = False
-    """Whether leaves that are not floating-point are accepted."""
+    dtypes: ClassVar[tuple[Any, ...]] = (jnp.floating, jnp.complexfloating)
+    """The kinds of leaves that are accepted: of `jax.numpy`'s scalar types."""
+
+    is_memoryless: ClassVar[bool] = False
+    """Whether there are neither slots nor a look at ``step.count``. Then the state may be empty."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -94,8 +104,19 @@ class Rule(Definition):
             if field.name.endswith("_dtype"):
                 value = storage.check_storage(value, self.name, field.name)
             elif "scalar" in field.metadata and not (value is None and field.default is None):
-                value = check_scalar(value, field.metadata["scalar"], self.name, field.name)
+                number = check_scalar(value, self.accepted(field.name), self.name, field.name)
+                is_held = field.metadata["recorded"] and isinstance(value, Tracer)
+                value = Held(number) if is_held else number
             object.__setattr__(self, field.name, value)
+
+    def accepted(self, field: str) -> Interval:
+        """The numbers that a field made with `scalar` accepts."""
+        return self.__dataclass_fields__[field].metadata["scalar"]
+
+    @property
+    def norm_axes(self) -> tuple[int, ...]:
+        """The axes of a leaf along which each index has a norm of its own, in the scope "leaf"."""
+        return ()
 
     @property
     def needs_params(self) -> bool:
@@ -121,14 +142,15 @@ class Rule(Definition):
         """
         raise NotImplementedError
 
-    def check_dtype(self, leaf: jax.Array, what: str) -> None:
-        """Refuses an array that is not floating-point, unless the rule takes any."""
-        if self.any_dtype or jnp.issubdtype(leaf.dtype, jnp.floating):
+    def check_leaf(self, leaf: jax.Array, what: str) -> None:
+        """Refuses an array of a kind that the rule does not take."""
+        if any(jnp.issubdtype(leaf.dtype, kind) for kind in self.dtypes):
             return
         remedy = "keep it out of the transformation with lionax.masked or lionax.partition"
-        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        if storage.is_complex(leaf):
             remedy = "wrap the transformation in optax.contrib.split_real_and_imaginary"
-        raise TypeError(f"{self.name}: {what} has dtype {leaf.dtype}; floating-point is accepted; "
+        kinds = " or ".join(kind.__name__ for kind in self.dtypes)
+        raise TypeError(f"{self.name}: {what} has dtype {leaf.dtype}; {kinds} is accepted; "
                         f"{remedy}")
 
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lionax.core.hyperparameters import Hyperparameter, Injected, value_at
-from lionax.core.layout import Stage
+from lionax.core.hyperparameters import Held, Hyperparameters, Injected, flag, value_at
+from lionax.core.layout import Stage, StateError
 from lionax.core.rule import Rule
 
 __all__ = ["Settings", "StaticRule"]
@@ -52,15 +52,23 @@ def _types(value: Any) -> Any:
 class Settings:
     """The values of all hyperparameters in one step."""
 
-    def __init__(self, stages: Sequence[Stage], count: jax.Array,
-                 held: dict[str, Hyperparameter] | None):
+    def __init__(self, stages: Sequence[Stage], count: jax.Array, held: Hyperparameters | None):
         self._names, self._held = _held_names(stages), held
-        if held is not None and set(held) != set(self._names.values()):
-            raise ValueError(f"the state holds the hyperparameters {sorted(held)}, the "
+        if held is not None and set(held.values) != set(self._names.values()):
+            # Optax's inject_hyperparams gives numbers where it is not jitted, else tracers: at
+            # `init` and `update` one each.
+            self._names = next((names for which in ("all", "none")
+                                if set((names := _held_names(stages, which)).values())
+                                == set(held.values)), self._names)
+        if held is not None and set(held.values) != set(self._names.values()):
+            raise StateError(f"the state holds the hyperparameters {sorted(held.values)}, the "
                              f"transformation has {sorted(self._names.values())}: the state was "
                              "made by another transformation")
         self._given = {(stage.index, field): value
                        for stage in stages for field, value in _scalars(stage)}
+        self._accepted = {name: getattr(self._given.get(key), "accepted", None) or
+                          stages[key[0]].rule.accepted(key[1])
+                          for key, name in self._names.items()}
         self._values = {key: value_at(value, count, stages[key[0]].rule.name)
                         for key, value in self._given.items()}
 
@@ -72,27 +80,27 @@ class Settings:
 
     def _array(self, key: tuple[int, str], dtype: np.dtype) -> jax.Array:
         name = self._names.get(key)
+        given = self._values[key]
         if name is None or self._held is None:
-            return jnp.asarray(self._values[key]).astype(dtype)
-        held = self._held[name]
-        if not isinstance(held, Hyperparameter):
+            return jnp.asarray(given).astype(dtype)
+        held = self._held.values[name]
+        if not hasattr(held, "astype"):
             raise TypeError(f"the hyperparameter {name!r} in the state is {held!r}; assign it with "
                             "lionax.set_hyperparams(state, ...)")
+        held = held.astype(dtype)
         if isinstance(self._given[key], Injected):
-            return held.value.astype(dtype)
-        given = jnp.asarray(self._values[key]).astype(dtype)
-        return jnp.where(held.overridden, held.value.astype(dtype), given)
+            return held
+        is_assigned = self._held.assigned[flag(name)] != 0
+        return jnp.where(is_assigned, held, jnp.asarray(given).astype(dtype))
 
-    def record(self) -> dict[str, Hyperparameter]:
+    def record(self) -> Hyperparameters:
         """What the state holds after this step or, without a state, at first."""
-        new = {}
-        for key, name in self._names.items():
-            # A copy: a schedule may return the caller's array, which must not be donated.
-            value = jnp.array(self._array(key, jnp.dtype(jnp.float32)), copy=True)
-            is_injected = jnp.asarray(isinstance(self._given[key], Injected))
-            held = is_injected if self._held is None else self._held[name].overridden
-            new[name] = Hyperparameter(value, held)
-        return new
+        # A copy: a schedule may return the caller's array, which must not be donated.
+        values = {name: jnp.array(self._array(key, jnp.dtype(jnp.float32)), copy=True)
+                  for key, name in self._names.items()}
+        assigned = {flag(name): jnp.zeros((), jnp.int32) for name in self._names.values()}
+        return Hyperparameters(values, assigned if self._held is None else self._held.assigned,
+                               tuple(sorted(self._accepted.items())))
 
 
 def _scalars(stage: Stage) -> list[tuple[str, Any]]:
@@ -102,18 +110,25 @@ def _scalars(stage: Stage) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in values if value is not None]
 
 
-def _held_names(stages: Sequence[Stage]) -> dict[tuple[int, str], str]:
-    """The names of the (stage, field) that the state holds: qualified where a field has several."""
+def _held_names(stages: Sequence[Stage],
+                rates: str = "known") -> dict[tuple[int, str], str]:
+    """The names of the (stage, field) that the state holds, qualified by the groups they are in.
+
+    Of the learning rates it holds those that are "known", not traced; "all"; or "none".
+    """
     always = {(stage.index, f.name) for stage in stages if not stage.is_tree_wide
               for f in dataclasses.fields(stage.rule) if f.metadata.get("recorded")}
-    held = [(stage, field) for stage in stages for field, value in _scalars(stage)
-            if (stage.index, field) in always or isinstance(value, Injected)]
-    names = [field for _, field in held]
-    for prefix in (lambda stage: stage.key, lambda stage: (*stage.key, stage.rule.name)):
-        times = Counter(names)
-        names = ["/".join((*prefix(stage), field)) if times[name] > 1 else name
-                 for name, (stage, field) in zip(names, held, strict=True)]
+    held = [(stage, field, value) for stage in stages for field, value in _scalars(stage)
+            if isinstance(value, Injected)
+            or ((stage.index, field) in always and rates != "none"
+                and (rates == "all" or not isinstance(value, Held)))]
+    own = [(value.name if isinstance(value, Injected) else "") or field for _, field, value in held]
+    names = ["/".join((*stage.key, name)) for name, (stage, *_) in zip(own, held, strict=True)]
+    times = Counter(names)
+    names = ["/".join((*stage.key, stage.rule.name, short)) if times[name] > 1 else name
+             for name, short, (stage, *_) in zip(names, own, held, strict=True)]
     times = Counter(names)
     numbered = [f"{name}_{names[:i].count(name)}" if times[name] > 1 else name
                 for i, name in enumerate(names)]
-    return {(stage.index, field): name for (stage, field), name in zip(held, numbered, strict=True)}
+    return {(stage.index, field): name
+            for name, (stage, field, _) in zip(numbered, held, strict=True)}

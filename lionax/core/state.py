@@ -1,18 +1,22 @@
 """The state of a transformation, and the slots of each leaf in it."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from lionax.core.hyperparameters import Hyperparameter
-from lionax.core.layout import Layout, Stage
-from lionax.core.rule import Definition
+from lionax.core.definition import is_stateless
+from lionax.core.hyperparameters import Hyperparameters, register_with_flax
+from lionax.core.layout import Layout, Stage, StateError
+from lionax.core.rule import Definition, Rule
 from lionax.core.settings import Settings
 from lionax.core.tree import Leaves, placeholder
 
-__all__ = ["State", "init_state", "slots_of_leaves", "trees_of_slots"]
+__all__ = ["State", "first_difference", "init_state", "needs_no_state", "slots_of_leaves",
+           "state_of_step", "trees_of_slots"]
 
 
 class State(NamedTuple):
@@ -25,17 +29,49 @@ class State(NamedTuple):
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  # int32 []: steps made
-    hyperparameters: dict[str, Hyperparameter]  # learning rates, and what was injected
+    hyperparameters: Hyperparameters  # learning rates, and what was injected
     rules: Any  # the slots
 
 
-def init_state(definition: Definition, params: Any) -> State:
-    """The state of a definition for a parameter tree."""
+def init_state(definition: Definition, params: Any) -> Any:
+    """The state of a definition for a parameter tree; ``optax.EmptyState()`` if it needs none."""
     leaves = Leaves.of(params, params)
     layout = Layout.of(definition, leaves)
     count = jnp.zeros((), jnp.int32)
     slots = [_init_stage(stage, leaves) for stage in layout.stages]
+    if is_stateless(definition):
+        return optax.EmptyState()
+    register_with_flax()
     return State(count, Settings(layout.stages, count, None).record(), layout.pack(iter(slots)))
+
+
+def needs_no_state(definition: Definition, state: Any) -> bool:
+    """Whether a step keeps nothing; after a traced `init` a rate is the caller's to hold."""
+    is_empty = isinstance(state, optax.EmptyState)
+    return is_stateless(definition) or (is_empty and is_stateless(definition, but_for_rates=True))
+
+
+def state_of_step(state: Any, layout: Layout) -> State:
+    """The state; an empty one for a definition that needs none."""
+    if needs_no_state(layout.definition, state):
+        rules = layout.pack(iter([optax.EmptyState()] * len(layout.stages)))
+        return State(jnp.zeros((), jnp.int32), Hyperparameters({}, {}, ()), rules)
+    if isinstance(state, State):
+        return state
+    raise TypeError(f"the state is a {type(state).__name__}, not a lionax State; make it with "
+                    "tx.init(params), and call step(params, state, grads) or update(grads, state, "
+                    "params). lionax.compat.from_optax takes over a run of Optax")
+
+
+def first_difference(state: Any, definition: Definition, params: Any) -> str:
+    """Where a state differs from the one that a definition has for these parameters."""
+    like = jax.eval_shape(lambda tree: init_state(definition, tree), params)
+    given, expected = ([f"{jax.tree_util.keystr(keys)} of shape {jnp.shape(leaf)}" for keys, leaf in
+                        jax.tree_util.tree_flatten_with_path(tree)[0]] for tree in (state, like))
+    ours, theirs = next(((a, b) for a, b in itertools.zip_longest(given, expected, fillvalue="none")
+                         if a != b), ("other containers", "its own"))
+    return (f"The first difference is {ours}, where the transformation has {theirs}. "
+            "lionax.cast_state(state, tx.init(params)) moves what both have")
 
 
 def _init_stage(stage: Stage, leaves: Leaves) -> Any:
@@ -44,8 +80,11 @@ def _init_stage(stage: Stage, leaves: Leaves) -> Any:
     slots = []
     for value, path, is_active in zip(leaves.values, leaves.paths, stage.active, strict=True):
         if is_active:
-            stage.rule.check_dtype(value, f"the parameter {path!r}")
-        slots.append(stage.rule.init(value) if is_active else None)
+            stage.rule.check_leaf(value, f"the parameter {path!r}")
+        try:
+            slots.append(stage.rule.init(value) if is_active else None)
+        except TypeError as error:
+            raise TypeError(f"{stage.rule.name}: {path!r}: {error}") from None
     return trees_of_slots(slots, stage, leaves)
 
 
@@ -60,12 +99,26 @@ def trees_of_slots(slots: Sequence[Any], stage: Stage, leaves: Leaves) -> Any:
     return type(example)(*map(leaves.treedef.unflatten, columns))
 
 
+def _has_slots_of(rule: Rule, state: Any) -> bool:
+    """Whether a state is of the class that a rule's slots have."""
+    if _SLOTS.get(type(rule)) is not type(state):  # tracing takes time in an eager step
+        example = jax.eval_shape(rule.init, jax.ShapeDtypeStruct((), jnp.float32))
+        _SLOTS[type(rule)] = type(example)
+    return _SLOTS[type(rule)] is type(state)
+
+
+_SLOTS: dict[type[Rule], type] = {}
+
+
 def slots_of_leaves(state: Any, stage: Stage, leaves: Leaves) -> list[Any]:
     """The inverse of `trees_of_slots`."""
+    if not _has_slots_of(stage.rule, state):
+        raise StateError(f"{stage.rule.name}: its state is a {type(state).__name__}: it was made "
+                         "by another transformation")
     try:
         columns = [leaves.treedef.flatten_up_to(tree) for tree in state]
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{stage.rule.name}: its state does not have the structure of the "
+        raise StateError(f"{stage.rule.name}: its state does not have the structure of the "
                          f"gradients; make it with tx.init(params) ({error})") from None
     rows = zip(*columns, strict=True) if columns else [()] * len(leaves.values)
     return [type(state)(*row) for row in rows]
