@@ -5,13 +5,14 @@ digits below one of 1e-9. Only then is it taken again.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lionax.core.storage import compute_dtype
+from lionax.core.storage import compute_dtype, is_complex
 from lionax.core.varying import varying_axes
 
 __all__ = ["all_finite", "in_three_sums", "in_two_branches", "joint_norm", "norm_of_each"]
@@ -27,18 +28,35 @@ def joint_norm(arrays: Sequence[jax.Array]) -> jax.Array:
     It is a float32 scalar, float64 if an array is, 0 for no arrays, inf or NaN if an element is. A
     finite norm above the largest number is that number, so that no gradient is scaled to 0.
     """
-    return _norms((tuple(arrays),))[0]
+    return _norms((_real_parts(arrays),))[0]
 
 
-def norm_of_each(arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-    """The norm of each array by itself, as `joint_norm`."""
-    return _norms(tuple((array,) for array in arrays))
+def norm_of_each(arrays: Sequence[jax.Array],
+                 batch_axes: Sequence[int] = ()) -> tuple[jax.Array, ...]:
+    """The norm of each array by itself, as `joint_norm`; of each index along the batch axes."""
+    if batch_axes:
+        return tuple(_norm_of_rows(array, batch_axes) for array in arrays)
+    return _norms(tuple(_real_parts([array]) for array in arrays))
+
+
+def _norm_of_rows(array: jax.Array, batch_axes: Sequence[int]) -> jax.Array:
+    axes = sorted({axis % array.ndim for axis in batch_axes})
+    last = jnp.moveaxis(array, axes, range(len(axes)))
+    rows = last.reshape(math.prod(last.shape[:len(axes)]), *last.shape[len(axes):])
+    each = jax.vmap(lambda row: joint_norm([row]))(rows)
+    return each.reshape([n if i in axes else 1 for i, n in enumerate(array.shape)])
 
 
 def all_finite(arrays: Sequence[jax.Array]) -> jax.Array:
     """Whether every element is finite: a bool scalar, the same on every device."""
     # x - x is 0 or NaN. XLA on the CPU would keep what `isfinite` makes, before it is summed.
     return _total([jnp.isnan(jnp.sum(x - x)).astype(jnp.float32) for x in arrays]) == 0
+
+
+def _real_parts(arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """The arrays, each complex one as its real and its imaginary part."""
+    return tuple(part for x in arrays
+                 for part in ((x.real, x.imag) if is_complex(x) else (x,)))
 
 
 @jax.custom_jvp

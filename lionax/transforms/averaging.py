@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lionax.core.hyperparameters import Scalar, check_count, scalar
+from lionax.core.hyperparameters import Interval, Scalar, check_count, scalar
 from lionax.core.rule import Applied, Observer, Step
 from lionax.core.storage import accumulator_dtype
 from lionax.core.transformation import Transformation, constructor
+from lionax.transforms.momentum import moved, share_of
 
 __all__ = ["ParamsEma", "ParamsEmaState", "averaged_params", "params_ema"]
 
@@ -26,20 +27,32 @@ class ParamsEma(Observer):
 
     decay: Scalar = scalar(low=0, high=1)
     overwrite_every: int | None = None
+    debias: bool = False
 
     def __post_init__(self):
         super().__post_init__()
         if self.overwrite_every is not None:
             accepted = "steps, at least 1, or None"
             check_count(self.overwrite_every, "params_ema", "overwrite_every", accepted)
+        if self.debias and callable(self.decay):
+            raise ValueError("params_ema: debias=True is not accepted with a schedule as decay; "
+                             "let the schedule begin at 0, or give a number")
+
+    def accepted(self, field: str) -> Interval:
+        return Interval(0.0, 1.0, open_high=self.debias,
+                        remedy="1 is accepted with debias=False" if self.debias else "")
 
     def init(self, param: jax.Array) -> ParamsEmaState:
         return ParamsEmaState(jnp.array(param, dtype=accumulator_dtype(param), copy=True))
 
+    def prepare(self, count: jax.Array, dtype: Any) -> Any:
+        weight = 1.0 - self.decay
+        return weight / share_of(weight, count + 1, dtype) if self.debias else weight
+
     def apply(self, update: Any, slots: ParamsEmaState, param: Any, step: Step) -> Applied:
         if update is None:
             return None, slots
-        average = self.decay * slots.params_ema + (1.0 - self.decay) * (param + update)
+        average = moved(slots.params_ema, param + update, step.shared)
         if self.overwrite_every is not None:
             due = (step.count + 1) % self.overwrite_every == 0
             update = jnp.where(due, average - param, update)
@@ -47,16 +60,20 @@ class ParamsEma(Observer):
 
 
 @constructor
-def params_ema(decay: Scalar, overwrite_every: int | None = None) -> Transformation:
+def params_ema(decay: Scalar, overwrite_every: int | None = None,
+               debias: bool = False) -> Transformation:
     """Keeps an exponential moving average of the parameters. Last in a chain, it sees the new ones.
 
-        e_t = decay·e_{t-1} + (1 - decay)·(p_t + u_t)          e_0 = the parameters at ``init``
+        e_t = e_{t-1} + w·(p_t + u_t - e_{t-1})          e_0 = the parameters at ``init``
+        w = 1 - decay, with ``debias`` (1 - decay) / (1 - decay^t)
 
-    `averaged_params` reads it from the state. It is in float32, for float64 leaves in float64.
+    With ``debias`` the parameters at ``init`` have no weight. `averaged_params` reads the average
+    from the state. It is in float32, for float64 leaves in float64.
 
     Args:
-      decay: in [0, 1].
+      decay: in [0, 1], below 1 with ``debias``; without it also a schedule, to warm up.
       overwrite_every: after every so many steps the parameters are set to their average; or None.
+      debias: whether to correct for the start.
 
     Raises:
       ValueError: for a value out of range, or without the parameters.
@@ -70,7 +87,7 @@ def params_ema(decay: Scalar, overwrite_every: int | None = None) -> Transformat
     References:
       Polyak and Juditsky, Acceleration of Stochastic Approximation by Averaging, 1992.
     """
-    return Transformation.of(ParamsEma(decay, overwrite_every))
+    return Transformation.of(ParamsEma(decay, overwrite_every, bool(debias)))
 
 
 def averaged_params(state: Any) -> Any:

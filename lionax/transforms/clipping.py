@@ -1,6 +1,7 @@
 """Clipping: by value, by the norm of a leaf, by the norm of the tree."""
 
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 import jax
@@ -17,7 +18,10 @@ __all__ = ["Clip", "ClipByGlobalNorm", "ClipByNorm", "clip", "clip_by_global_nor
 class Clip(Rule):
     """The rule of `clip`."""
 
-    max_delta: Scalar = scalar(low=0)
+    dtypes: ClassVar = (jnp.floating, jnp.integer)
+    is_memoryless: ClassVar = True
+
+    max_delta: Scalar = scalar(low=0, high=math.inf)
 
     def apply(self, update: jax.Array, slots: Any, param: Any, step: Step) -> Applied:
         return jnp.clip(update, -self.max_delta, self.max_delta), slots
@@ -42,10 +46,12 @@ def clip(max_delta: Scalar) -> Transformation:
 class ClipByNorm(Rule):
     """The rule of `clip_by_norm`."""
 
+    is_memoryless: ClassVar = True
+
     scope: ClassVar = "leaf"
     norms_of: ClassVar = ("update",)
 
-    max_norm: Scalar = scalar(low=0)
+    max_norm: Scalar = scalar(low=0, high=math.inf)
 
     def apply(self, update: jax.Array, slots: Any, param: Any, step: Step) -> Applied:
         (norm,) = step.norms

@@ -1,14 +1,14 @@
 """Weight decay."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
 from lionax.core.hyperparameters import Scalar, scalar
+from lionax.core.masks import Mask
 from lionax.core.rule import Applied, Rule, Step
 from lionax.core.transformation import Transformation, constructor
-from lionax.core.tree import Mask
 from lionax.transforms.combining import restrict
 
 __all__ = ["AddDecayedWeights", "add_decayed_weights"]
@@ -18,7 +18,9 @@ __all__ = ["AddDecayedWeights", "add_decayed_weights"]
 class AddDecayedWeights(Rule):
     """The rule of `add_decayed_weights`."""
 
-    weight_decay: Scalar = scalar(0.0, low=0)
+    is_memoryless: ClassVar = True
+
+    weight_decay: Scalar = scalar(0.0)
     base_learning_rate: float | None = scalar(None, low=0)
     learning_rate: Scalar | None = scalar(None, low=0, recorded=True)
 
@@ -54,7 +56,8 @@ def add_decayed_weights(weight_decay: Scalar = 0.0, mask: Mask = None, *,
     where the schedule scales ``α``. For that give ``α`` as ``base_learning_rate``.
 
     Args:
-      weight_decay: at least 0. With the constant 0 ``update`` needs no parameters.
+      weight_decay: a finite number; below 0 parameters grow. With the constant 0 ``update`` needs
+        no parameters.
       mask: the leaves to decay, as `masked`; None for all. The others keep their update.
       base_learning_rate: None, or a number above 0 by which the decay is divided.
       learning_rate: None, or a rate that multiplies the decay, where the update has its rate

@@ -5,13 +5,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
-from lionax.core.hyperparameters import Scalar, scalar
+from lionax.core.hyperparameters import Interval, Scalar, scalar
 from lionax.core.rule import Applied, Rule, Step
 from lionax.core.storage import Storage, accumulator_dtype, zero_slot
 from lionax.core.transformation import Transformation, constructor
 
-__all__ = ["Ema", "EmaState", "Trace", "TraceState", "debiasing", "ema", "trace"]
+__all__ = ["Ema", "EmaState", "Trace", "TraceState", "debiasing", "ema", "moved",
+           "share_of", "trace"]
 
 
 class TraceState(NamedTuple):
@@ -31,7 +33,7 @@ class Trace(Rule):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.nesterov and self.dampening != 0:
+        if self.nesterov and not isinstance(self.dampening, Tracer) and self.dampening != 0:
             raise ValueError("trace: nesterov=True is not accepted with "
                              f"dampening={self.dampening!r}; give dampening=0.0")
 
@@ -88,20 +90,18 @@ class Ema(Rule):
     debias: bool = True
     accumulator_dtype: Storage = None
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.debias and self.decay == 1:
-            raise ValueError("ema: decay=1.0 is not accepted with debias=True, which would divide "
-                             "0 by 0; give a number in [0, 1), or debias=False")
+    def accepted(self, field: str) -> Interval:
+        return Interval(0.0, 1.0, open_high=self.debias,
+                        remedy="1 is accepted with debias=False" if self.debias else "")
 
     def init(self, param: jax.Array) -> EmaState:
         return EmaState(ema=zero_slot(param, accumulator_dtype(param, self.accumulator_dtype)))
 
     def prepare(self, count: jax.Array, dtype: Any) -> jax.Array | None:
-        return debiasing(self.decay, count + 1, dtype) if self.debias else None
+        return 1.0 / share_of(1.0 - self.decay, count + 1, dtype) if self.debias else None
 
     def apply(self, update: jax.Array, slots: EmaState, param: Any, step: Step) -> Applied:
-        new = (1.0 - self.decay) * update + self.decay * slots.ema
+        new = moved(slots.ema, update, 1.0 - self.decay)
         return (new * step.shared if self.debias else new), EmaState(ema=new)
 
 
@@ -109,7 +109,7 @@ class Ema(Rule):
 def ema(decay: Scalar, debias: bool = True, accumulator_dtype: Storage = None) -> Transformation:
     """An exponential moving average of the updates.
 
-        e_t = decay·e_{t-1} + (1 - decay)·u_t
+        e_t = e_{t-1} + (1 - decay)·(u_t - e_{t-1})
         u_t ← e_t / (1 - decay^t), or e_t without ``debias``
 
     Args:
@@ -135,3 +135,16 @@ def ema(decay: Scalar, debias: bool = True, accumulator_dtype: Storage = None) -
 def debiasing(decay: Scalar, count: jax.Array, dtype: Any) -> jax.Array:
     """``1 / (1 - decay^count)``: the factor that corrects an average for its start at zero."""
     return 1.0 / (1.0 - jnp.asarray(decay, dtype) ** count.astype(dtype))
+
+
+def moved(average: jax.Array, value: jax.Array, weight: Scalar) -> jax.Array:
+    """An average moved toward a value; the value itself for a weight of 1."""
+    return jnp.where(weight == 1, value, average + weight * (value - average))
+
+
+def share_of(weight: Scalar, count: jax.Array, dtype: Any) -> jax.Array:
+    """``1 - (1 - weight)^count``: what an average of `count` terms has of them, not of its start.
+
+    It is exact where a decay near 1, rounded to float32, would lose most digits of the weight.
+    """
+    return -jnp.expm1(count.astype(dtype) * jnp.log1p(-jnp.asarray(weight, dtype)))

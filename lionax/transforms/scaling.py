@@ -1,9 +1,10 @@
 """Multiplication by a number: a factor, a learning rate, a schedule."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 
 from lionax.core.hyperparameters import Scalar, scalar
 from lionax.core.rule import Applied, Rule, Step
@@ -16,6 +17,9 @@ __all__ = ["Scale", "ScaleByLearningRate", "scale", "scale_by_learning_rate", "s
 @dataclasses.dataclass(frozen=True)
 class Scale(Rule):
     """The rule of `scale`."""
+
+    dtypes: ClassVar = (jnp.number, jnp.bool_)
+    is_memoryless: ClassVar = True
 
     step_size: Scalar = scalar()
 
@@ -41,6 +45,8 @@ def scale(step_size: Scalar) -> Transformation:
 @dataclasses.dataclass(frozen=True)
 class ScaleByLearningRate(Rule):
     """The rule of `scale_by_learning_rate`."""
+
+    is_memoryless: ClassVar = True
 
     learning_rate: Scalar = scalar(low=0, recorded=True, remedy="to ascend, give flip_sign=False")
     flip_sign: bool = True
