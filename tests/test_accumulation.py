@@ -146,3 +146,61 @@ def test_inside_shard_map():
         grads = cases.gradients(params, t)
         sharded, whole = step(*sharded, grads), jax.jit(tx.step)(*whole, grads)
     cases.assert_close(sharded, whole, rtol=1e-6)
+
+
+def test_a_micro_batch_of_weight_0_is_left_out():
+    tx = lionax.accumulate(lionax.sgd(1.0), 2)
+    state = tx.init(jnp.zeros(1))
+    _, state = tx.update(jnp.array([0.5]), state, weight=4.0)
+    updates, state = tx.update(jnp.array([jnp.nan]), state, weight=0.0)
+    assert updates.tolist() == [-0.5]
+    assert int(state.rules.dropped) == 0
+
+
+@pytest.mark.parametrize("jitted", [True, False])
+def test_a_window_of_weight_0_takes_no_step(jitted):
+    tx = lionax.accumulate(lionax.lion(1.0), 2)
+    params, state = jnp.ones(1), tx.init(jnp.ones(1))
+    step = jax.jit(tx.step) if jitted else tx.step
+    for _ in range(2):
+        params, state = step(params, state, jnp.ones(1), weight=0.0)
+    assert params.tolist() == [1.0]
+    assert int(state.rules.inner.count) == 0
+    params, state = step(params, state, jnp.ones(1), weight=1.0)
+    params, state = step(params, state, jnp.ones(1), weight=1.0)
+    assert int(state.rules.inner.count) == 1
+
+
+def test_a_negative_weight_is_refused_or_drops_the_window():
+    tx = lionax.accumulate(lionax.sgd(1.0), 2)
+    params, state = jnp.ones(1), tx.init(jnp.ones(1))
+    with pytest.raises(ValueError, match=r"accumulate: weight=-1\.0 is not accepted"):
+        tx.step(params, state, jnp.ones(1), weight=-1.0)
+    for weight in (-1.0, 1.0):
+        params, state = jax.jit(tx.step)(params, state, jnp.ones(1), weight=weight)
+    assert params.tolist() == [1.0]
+    assert int(state.rules.dropped) == 1
+
+
+def test_windows_that_grow_as_in_multi_steps():
+    every = lambda windows: jnp.where(windows < 2, 1, 3)
+    tx = lionax.accumulate(lionax.sgd(1.0), every)
+    peer = optax.MultiSteps(optax.sgd(1.0), every)
+    ours, theirs = (PARAMS, tx.init(PARAMS)), (PARAMS, peer.init(PARAMS))
+    step, their_step = jax.jit(tx.step), jax.jit(optax_step(peer))
+    for t in range(9):
+        grads = cases.gradients(PARAMS, t)
+        with jax.numpy_dtype_promotion("standard"):
+            ours, theirs = step(*ours, grads), their_step(*theirs, grads)
+        cases.assert_close(ours[0], theirs[0], rtol=2e-6)
+    assert int(ours[1].rules.windows) == 4
+
+
+@pytest.mark.parametrize("inner", [
+    lambda: lionax.skip_nonfinite(lionax.sgd(1.0), 3), lambda: lionax.dynamic_loss_scale(
+        lionax.sgd(1.0)), lambda: lionax.chain(lionax.clip(1.0), lionax.dynamic_loss_scale(
+            lionax.sgd(1.0)))])
+def test_what_waits_for_an_overflow_is_refused_inside(inner):
+    with pytest.raises(ValueError, match=r"accumulate: a (skip_nonfinite|dynamic_loss_scale) "
+                                         r"inside .*write \1\(accumulate\(tx, \.\.\.\), \.\.\.\)"):
+        lionax.accumulate(inner(), 2)

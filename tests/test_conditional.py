@@ -160,3 +160,41 @@ def test_complex_windows(size):
 def test_loss_scales_without_a_reciprocal_are_refused():
     with pytest.raises(ValueError, match=r"dynamic_loss_scale: .*max_scale"):
         lionax.dynamic_loss_scale(lionax.sgd(0.1), max_scale=2.0**127)
+
+
+def test_skip_if_a_predicate_holds():
+    def is_too_large(updates, params, *, loss, **extra):
+        return loss > 10.0 * jnp.sum(params["b"])
+
+    tx = lionax.skip_if(lionax.lion(0.1), is_too_large, max_consecutive=2)
+    for step in (tx.step, jax.jit(tx.step)):
+        params, state = PARAMS, tx.init(PARAMS)
+        params, state = step(params, state, PARAMS, loss=1.0)
+        assert int(state.rules.skipped) == 0
+        kept, state = step(params, state, PARAMS, loss=99.0)
+        cases.assert_equal(kept, params)
+        assert (int(state.rules.skipped), int(state.rules.inner.count)) == (1, 1)
+        lost, state = step(kept, state, PARAMS, loss=99.0)
+        assert jnp.isnan(lost["w"]).all()
+
+
+def test_skip_if_never_shows_a_lost_run_unless_asked():
+    tx = lionax.skip_if(lionax.sgd(0.1), lambda updates, params: True)
+    params, state = PARAMS, tx.init(PARAMS)
+    for _ in range(5):
+        params, state = tx.step(params, state, PARAMS)
+    cases.assert_equal(params, PARAMS)
+    with pytest.raises(TypeError, match="skip_if: the predicate must return one bool"):
+        (tx := lionax.skip_if(lionax.sgd(0.1), lambda u, p: u["w"] > 0)).step(
+            PARAMS, tx.init(PARAMS), PARAMS)
+    with pytest.raises(TypeError, match="skip_if: predicate=3 is not a function"):
+        lionax.skip_if(lionax.sgd(0.1), 3)
+
+
+def test_a_schedule_with_an_if_inside_of_a_conditional():
+    def warm_up(step):
+        return 0.1 if step < 3 else 0.2
+
+    tx = lionax.accumulate(lionax.sgd(warm_up), 2)
+    with pytest.raises(TypeError, match=r"the schedule <function .*warm_up.* jnp\.where"):
+        jax.jit(tx.step)(PARAMS, tx.init(PARAMS), PARAMS)

@@ -1,22 +1,23 @@
 """Gradient accumulation: one step for several micro-batches."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from lionax.core.definition import Conditional
-from lionax.core.hyperparameters import check_count
+from lionax.core.hyperparameters import Interval, check_count, check_scalar, value_at
 from lionax.core.rule import Definition
 from lionax.core.state import State, init_state
 from lionax.core.storage import accumulator_dtype, zero_slot
 from lionax.core.transformation import Transformation, constructor
 from lionax.core.tree import is_placeholder
 from lionax.transforms.combining import definition_of
-from lionax.transforms.conditional import refuse_loss_scale
+from lionax.transforms.conditional import DynamicLossScale, SkipIf, refuse_inside
 
 __all__ = ["Accumulate", "AccumulateState", "accumulate", "live_sum"]
 
@@ -25,7 +26,8 @@ class AccumulateState(NamedTuple):
     """The state of `Accumulate`."""
 
     calls: jax.Array  # int32 []: how many micro-batches the window holds
-    weight: jax.Array  # float32 []: the sum of their weights
+    windows: jax.Array  # int32 []: how many windows were made
+    weight: jax.Array  # float32 []: the sum of the weights of the window's micro-batches
     live: Any  # int32 []: for each leaf 1, or 0 after its sum was used
     gradients: Any  # weighted sum of gradients; the parameter's shape; at least float32
     dropped: jax.Array  # int32 []: how many windows were dropped because they were not finite
@@ -39,24 +41,32 @@ class Accumulate(Conditional):
     arguments: ClassVar = ("weight", "flush")
 
     inner: Definition
-    every: int
+    every: int | Callable[[Any], Any]
 
     def __post_init__(self):
-        check_count(self.every, "accumulate", "every", "micro-batches, at least 1")
-        refuse_loss_scale(self.inner, "accumulate")
+        if not callable(self.every):
+            check_count(self.every, "accumulate", "every", "micro-batches, at least 1, or a "
+                        "function of the number of windows made")
+        refuse_inside(self.inner, "accumulate", DynamicLossScale, SkipIf)
 
     def init(self, params: Any) -> AccumulateState:
         live = jax.tree.map(lambda p: jnp.zeros((), jnp.int32), params)
         sums = jax.tree.map(lambda p: zero_slot(p, accumulator_dtype(p)), params)
-        return AccumulateState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32), live, sums,
-                               jnp.zeros((), jnp.int32), init_state(self.inner, params))
+        calls, windows, dropped = (jnp.zeros((), jnp.int32) for _ in range(3))
+        return AccumulateState(calls, windows, jnp.zeros((), jnp.float32), live, sums, dropped,
+                               init_state(self.inner, params))
 
     def open(self, updates: Any, state: AccumulateState,
              extra: Mapping[str, Any]) -> tuple[AccumulateState, jax.Array]:
-        due = (state.calls + 1 >= self.every) | jnp.asarray(extra.get("flush", False), bool)
-        weight = jnp.asarray(extra.get("weight", 1.0), jnp.float32)
+        every = value_at(self.every, state.windows, "accumulate")
+        flush = extra.get("flush", False)
+        is_bool = isinstance(flush, bool) or getattr(flush, "dtype", None) == jnp.bool_
+        if not is_bool or jnp.shape(flush) != ():
+            raise TypeError(f"accumulate: flush={flush!r} is not accepted; give one bool")
+        due = (state.calls + 1 >= every) | flush
+        weight = _checked_weight(extra.get("weight", 1.0))
         total = state.weight + weight
-        factor = jnp.where(due, 1 / total, 1.0)
+        factor = jnp.where(due & (total != 0), 1 / total, 1.0)
         sums = jax.tree.map(lambda grad, old, live: _added(grad, old, live, weight, factor),
                             updates, state.gradients, state.live, is_leaf=is_placeholder)
         return state._replace(weight=total, gradients=sums), due
@@ -66,8 +76,10 @@ class Accumulate(Conditional):
             lambda grad, mean: grad if is_placeholder(grad) else mean.astype(grad.dtype),
             updates, state.gradients, is_leaf=is_placeholder)
 
-    def accepts(self, updates: Any, state: AccumulateState) -> jax.Array:
-        return super().accepts(self.inner_updates(updates, state), state)
+    def accepts(self, updates: Any, state: AccumulateState, params: Any,
+                extra: Mapping[str, Any]) -> jax.Array:
+        mean = self.inner_updates(updates, state)
+        return (state.weight != 0) & super().accepts(mean, state, params, extra)
 
     def close(self, updates: Any, state: AccumulateState, due: Any,
               accepted: jax.Array) -> AccumulateState:
@@ -75,8 +87,18 @@ class Accumulate(Conditional):
         live = jax.tree.map(lambda grad, x: x if is_placeholder(grad) else jnp.zeros_like(x) +
                             is_live, updates, state.live, is_leaf=is_placeholder)
         return state._replace(
-            calls=jnp.where(due, 0, state.calls + 1), weight=jnp.where(due, 0.0, state.weight),
-            live=live, dropped=state.dropped + (due & ~accepted).astype(jnp.int32))
+            calls=jnp.where(due, 0, state.calls + 1),
+            windows=state.windows + due.astype(jnp.int32), weight=jnp.where(due, 0.0, state.weight),
+            live=live,
+            dropped=state.dropped + (due & ~accepted & (state.weight != 0)).astype(jnp.int32))
+
+
+def _checked_weight(weight: Any) -> jax.Array:
+    """A micro-batch's weight; NaN, which drops the window, for a traced one below 0."""
+    if not isinstance(weight, Tracer) or weight.shape != ():
+        weight = check_scalar(weight, Interval(0.0), "accumulate", "weight", dynamic=False)
+    weight = jnp.asarray(weight, jnp.float32)
+    return jnp.where(weight < 0, jnp.nan, weight)
 
 
 def live_sum(total: Any, live: Any) -> Any:
@@ -93,20 +115,25 @@ def _added(grad: Any, total: Any, live: Any, weight: jax.Array, factor: jax.Arra
     if is_placeholder(grad):
         return kept
     # The mean takes the place of the sum: as a further array it would be kept for the inner norms.
-    term = grad.astype(total.dtype) * weight.astype(total.dtype)
+    # What has no weight is left out, also NaN.
+    term = jnp.where(weight == 0, 0.0, grad.astype(total.dtype)) * weight.astype(total.dtype)
     return (kept + term) * factor.astype(total.dtype)
 
 
 @constructor
-def accumulate(tx: optax.GradientTransformation, every: int) -> Transformation:
+def accumulate(tx: optax.GradientTransformation,
+               every: int | Callable[[Any], Any]) -> Transformation:
     """Adds up the gradients of several micro-batches and runs a transformation once on their mean.
 
         g = Σ_i w_i·g_i / Σ_i w_i
 
     The sums are in float32, for float64 leaves in float64. The weight ``w_i`` is 1, or what the
-    call got as ``weight=``: the number of examples, for uneven micro-batches. All calls of a window
-    but the last return updates of zero. With ``flush=True``, also a traced bool, a call is the last
-    of its window. The inner step count, and so its schedules, advance once in a window.
+    call got as ``weight=``: the number of examples, for uneven micro-batches. A micro-batch of
+    weight 0 is left out, whatever its gradient; a window of weight 0 takes no step.
+
+    All calls of a window but the last return updates of zero. With ``flush=True``, also a traced
+    bool, a call is the last of its window. The inner step count, and so its schedules, advance once
+    in a window.
 
     A window whose mean has a NaN or an infinite element is dropped: parameters and inner state
     stay, ``dropped`` counts it, all devices decide alike. A gradient of None adds nothing to its
@@ -114,10 +141,11 @@ def accumulate(tx: optax.GradientTransformation, every: int) -> Transformation:
 
     Args:
       tx: what runs once in a window; lionax's or Optax's.
-      every: calls in a window, at least 1.
+      every: calls in a window, at least 1; or a function of the number of windows made.
 
     Raises:
-      ValueError: for ``every`` below 1; for a `dynamic_loss_scale` inside, which sees no overflow.
+      ValueError: for ``every`` below 1 or a negative weight (a traced one drops the window); for a
+        `dynamic_loss_scale`, `skip_nonfinite` or `skip_if` inside, which would see means only.
 
     >>> import jax.numpy as jnp, lionax
     >>> tx = lionax.accumulate(lionax.sgd(1.0), every=2)

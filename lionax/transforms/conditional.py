@@ -1,7 +1,8 @@
 """Steps that are taken only if the gradients are finite, with or without a loss scale."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,12 @@ from lionax.core.definition import Conditional, nested
 from lionax.core.hyperparameters import Interval, Scalar, check_count, check_scalar, scalar
 from lionax.core.rule import Applied, Definition, Rule, Step
 from lionax.core.state import State, init_state
-from lionax.core.storage import compute_dtype
+from lionax.core.storage import compute_dtype, load
 from lionax.core.transformation import Transformation, constructor
 from lionax.transforms.combining import definition_of
 
-__all__ = ["DynamicLossScale", "DynamicLossScaleState", "SkipNonfinite", "SkipNonfiniteState",
-           "Unscale", "dynamic_loss_scale", "refuse_loss_scale", "skip_nonfinite", "unscale"]
+__all__ = ["DynamicLossScale", "DynamicLossScaleState", "SkipIf", "SkipState", "Unscale",
+           "dynamic_loss_scale", "refuse_inside", "skip_if", "skip_nonfinite", "unscale"]
 
 LARGEST = 2.0**126  # the reciprocal of a larger loss scale is no normal number
 
@@ -25,13 +26,9 @@ LARGEST = 2.0**126  # the reciprocal of a larger loss scale is no normal number
 class Unscale(Rule):
     """The rule of `unscale`."""
 
-    factor: Scalar = scalar()
+    is_memoryless: ClassVar = True
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.factor == 0:
-            raise ValueError("unscale: factor=0.0 is not accepted; give what the loss was "
-                             "multiplied by")
+    factor: Scalar = scalar(nonzero=True, remedy="it is what the loss was multiplied by")
 
     def apply(self, update: jax.Array, slots: Any, param: Any, step: Step) -> Applied:
         return update * (1.0 / self.factor), slots
@@ -55,8 +52,8 @@ def unscale(factor: Scalar) -> Transformation:
     return Transformation.of(Unscale(factor))
 
 
-class SkipNonfiniteState(NamedTuple):
-    """The state of `SkipNonfinite`."""
+class SkipState(NamedTuple):
+    """The state of `SkipIf`."""
 
     consecutive: jax.Array  # int32 []: how many steps were skipped since the last that was taken
     skipped: jax.Array  # int32 []: how many steps were skipped in all
@@ -64,37 +61,85 @@ class SkipNonfiniteState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class SkipNonfinite(Conditional):
-    """The definition of `skip_nonfinite`."""
+class SkipIf(Conditional):
+    """The definition of `skip_if`, and with no predicate of `skip_nonfinite`."""
 
     inner: Definition
-    max_consecutive: int
+    max_consecutive: int | None
+    predicate: Callable[..., Any] | None = None  # None: whether an element is not finite
+
+    @property
+    def name(self) -> str:
+        return "skip_nonfinite" if self.predicate is None else "skip_if"
+
+    @property
+    def sums(self) -> bool:
+        return self.predicate is None
 
     def __post_init__(self):
-        check_count(self.max_consecutive, "skip_nonfinite", "max_consecutive")
-        refuse_loss_scale(self.inner, "skip_nonfinite")
+        if self.max_consecutive is not None or self.predicate is None:
+            check_count(self.max_consecutive, self.name, "max_consecutive")
+        if self.predicate is not None and not callable(self.predicate):
+            raise TypeError(f"skip_if: predicate={self.predicate!r} is not a function of the "
+                            "updates, the parameters and the extra arguments")
+        refuse_inside(self.inner, self.name, DynamicLossScale)
 
-    def init(self, params: Any) -> SkipNonfiniteState:
-        return SkipNonfiniteState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32),
-                                  init_state(self.inner, params))
+    @property
+    def takes(self) -> Collection[str]:
+        return () if self.predicate is None else ("**",)
 
-    def close(self, updates: Any, state: SkipNonfiniteState, due: Any,
-              accepted: jax.Array) -> SkipNonfiniteState:
-        consecutive = jnp.minimum(state.consecutive + 1, self.max_consecutive)
-        return state._replace(consecutive=jnp.where(accepted, 0, consecutive),
+    def init(self, params: Any) -> SkipState:
+        # Each its own array: a buffer cannot be donated twice.
+        return SkipState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32),
+                         init_state(self.inner, params))
+
+    def accepts(self, updates: Any, state: SkipState, params: Any,
+                extra: Mapping[str, Any]) -> jax.Array:
+        if self.predicate is None:
+            return super().accepts(updates, state, params, extra)
+        skips = self.predicate(updates, params, **extra)
+        if jnp.shape(skips) != ():
+            raise TypeError(f"skip_if: the predicate must return one bool; got {skips!r}")
+        return ~jnp.asarray(skips, bool)
+
+    def close(self, updates: Any, state: SkipState, due: Any, accepted: jax.Array) -> SkipState:
+        return state._replace(consecutive=jnp.where(accepted, 0, state.consecutive + 1),
                               skipped=state.skipped + (~accepted).astype(jnp.int32))
 
-    def poisons(self, state: SkipNonfiniteState) -> jax.Array:
-        return state.consecutive >= self.max_consecutive
+    def poisons(self, state: SkipState) -> jax.Array | bool:
+        return self.max_consecutive is not None and state.consecutive >= self.max_consecutive
+
+
+@constructor
+def skip_if(tx: optax.GradientTransformation, predicate: Callable[..., Any],
+            max_consecutive: int | None = None) -> Transformation:
+    """Skips the steps for which a predicate holds: their updates are zero, the inner state stays.
+
+    Args:
+      tx: what runs otherwise; lionax's or Optax's.
+      predicate: ``predicate(updates, params, **extra)`` returns one bool, also a traced one, which
+        must be the same on all devices; ``extra`` are the extra arguments of the call.
+      max_consecutive: after so many skipped steps in a row the updates are NaN; None for never.
+
+    Raises:
+      TypeError: for a predicate that is not a function or does not return one bool.
+      ValueError: for a limit below 1; for a `dynamic_loss_scale` inside, which sees no overflow.
+
+    >>> import jax.numpy as jnp, lionax
+    >>> tx = lionax.skip_if(lionax.sgd(1.0), lambda updates, params, loss: loss > 10.0)
+    >>> params, state = jnp.array([1.0]), tx.init(jnp.zeros(1))
+    >>> tx.step(params, state, jnp.array([0.5]), loss=99.0)[0].tolist()
+    [1.0]
+    """
+    return Transformation.of(SkipIf(definition_of(tx, "skip_if"), max_consecutive, predicate))
 
 
 @constructor
 def skip_nonfinite(tx: optax.GradientTransformation, max_consecutive: int) -> Transformation:
-    """Skips steps whose gradients have a NaN or an infinite element.
+    """Skips steps whose gradients have a NaN or an infinite element, as `skip_if`.
 
-    A step that is skipped has updates of zero, and the inner state stays. All devices decide alike.
-    After ``max_consecutive`` of them in a row the updates are NaN, so that a lost run shows. The
-    inner state never takes a NaN: it is good to restart from.
+    All devices decide alike. After ``max_consecutive`` skipped steps in a row the updates are NaN,
+    so that a lost run shows. The inner state never takes a NaN: it is good to restart from.
 
     Args:
       tx: what runs otherwise; lionax's or Optax's.
@@ -109,7 +154,7 @@ def skip_nonfinite(tx: optax.GradientTransformation, max_consecutive: int) -> Tr
     >>> params.tolist(), int(state.rules.skipped)
     ([1.0], 1)
     """
-    return Transformation.of(SkipNonfinite(definition_of(tx, "skip_nonfinite"), max_consecutive))
+    return Transformation.of(SkipIf(definition_of(tx, "skip_nonfinite"), max_consecutive))
 
 
 class DynamicLossScaleState(NamedTuple):
@@ -165,14 +210,16 @@ class DynamicLossScale(Conditional):
 @jax.jit
 def _unscaled(update: jax.Array, loss_scale: jax.Array) -> jax.Array:
     dtype = compute_dtype(update)
-    return update.astype(dtype) * (1 / loss_scale.astype(dtype))
+    return load(update, dtype) * (1 / loss_scale.astype(dtype))
 
 
-def refuse_loss_scale(inner: Definition, owner: str) -> None:
-    """Refuses a loss scale inside of what takes the overflows away that it waits for."""
-    if any(isinstance(definition, DynamicLossScale) for definition in nested(inner)):
-        raise ValueError(f"{owner}: a dynamic_loss_scale inside never sees an overflow, since "
-                         f"{owner} drops it; write dynamic_loss_scale({owner}(tx, ...), ...)")
+def refuse_inside(inner: Definition, owner: str, *kinds: type[Conditional]) -> None:
+    """Refuses conditionals inside of what takes the overflows away that they wait for."""
+    for definition in nested(inner):
+        if isinstance(definition, kinds):
+            name = definition.name
+            raise ValueError(f"{owner}: a {name} inside never sees an overflow, since {owner} "
+                             f"drops it; write {name}({owner}(tx, ...), ...)")
 
 
 @constructor
