@@ -4,10 +4,10 @@ In the equations ``p`` is a parameter, ``g`` its gradient, ``m`` and ``v`` its m
 step counted from 1, ``lr`` the learning rate of the step and ``wd`` the weight decay.
 """
 
-from lionax.core.hyperparameters import Scalar
+from lionax.core.hyperparameters import Interval, Scalar, check_scalar, named
+from lionax.core.masks import Mask
 from lionax.core.storage import Storage
 from lionax.core.transformation import Transformation, constructor
-from lionax.core.tree import Mask
 from lionax.transforms.adaptive import scale_by_adam, scale_by_trust_ratio
 from lionax.transforms.combining import chain, identity
 from lionax.transforms.decay import add_decayed_weights
@@ -15,7 +15,15 @@ from lionax.transforms.momentum import trace
 from lionax.transforms.scaling import scale_by_learning_rate
 from lionax.transforms.sign_momentum import scale_by_lion
 
-__all__ = ["lamb", "lion", "sgd"]
+__all__ = ["adam", "adamw", "lamb", "lion", "sgd"]
+
+
+def _decay(weight_decay: Scalar, mask: Mask, base_learning_rate: float | None) -> Transformation:
+    """`add_decayed_weights`, but a decay below 0, by which parameters grow, is a mistake."""
+    accepted = Interval(0.0)
+    check_scalar(weight_decay, accepted, "add_decayed_weights", "weight_decay")
+    return add_decayed_weights(named(weight_decay, "weight_decay", accepted), mask,
+                               base_learning_rate=base_learning_rate)
 
 
 @constructor
@@ -61,7 +69,7 @@ def lion(learning_rate: Scalar, b1: Scalar = 0.9, b2: Scalar = 0.99, mu_dtype: S
       2.
     """
     return chain(scale_by_lion(b1, b2, mu_dtype),
-                 add_decayed_weights(weight_decay, mask, base_learning_rate=base_learning_rate),
+                 _decay(weight_decay, mask, base_learning_rate),
                  scale_by_learning_rate(learning_rate))
 
 
@@ -69,7 +77,8 @@ def lion(learning_rate: Scalar, b1: Scalar = 0.9, b2: Scalar = 0.99, mu_dtype: S
 def lamb(learning_rate: Scalar, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-6,
          eps_root: Scalar = 0.0, weight_decay: Scalar = 0.0, mask: Mask = None, *,
          trust_mask: Mask = None, mu_dtype: Storage = None, nu_dtype: Storage = None,
-         base_learning_rate: float | None = None) -> Transformation:
+         base_learning_rate: float | None = None, max_trust_ratio: Scalar | None = None,
+         bias_correction: bool = True) -> Transformation:
     """LAMB: Adam's direction, scaled in each layer to the norm of its parameter.
 
         u = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t) + eps_root) + eps) + wd·p
@@ -97,6 +106,8 @@ def lamb(learning_rate: Scalar, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scala
       nu_dtype: the dtype in which the second moment is stored, of the same kinds.
       base_learning_rate: None, or the greatest learning rate ``α`` of the schedule, above 0: the
         decay is then ``(lr/α)·wd·p``, outside of the ratio and multiplied by the schedule alone.
+      max_trust_ratio: upper bound of ``‖p‖ / ‖u‖``, at least 0; None for no bound (LAMBC).
+      bias_correction: whether to divide the moments by ``1 - b1^t`` and ``1 - b2^t``.
 
     Raises:
       ValueError: for a number out of range, a storage dtype that is not floating-point, or, where
@@ -111,10 +122,97 @@ def lamb(learning_rate: Scalar, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scala
     References:
       You et al., Large Batch Optimization for Deep Learning, 2020, arXiv:1904.00962.
     """
-    decay = add_decayed_weights(weight_decay, mask, base_learning_rate=base_learning_rate)
+    decay = _decay(weight_decay, mask, base_learning_rate)
     before, after = (decay, identity()) if base_learning_rate is None else (identity(), decay)
-    return chain(scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nu_dtype=nu_dtype), before,
-                 scale_by_trust_ratio(mask=trust_mask), after,
+    max_ratio = named(max_trust_ratio, "max_trust_ratio")
+    return chain(scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nu_dtype=nu_dtype,
+                               bias_correction=bias_correction), before,
+                 scale_by_trust_ratio(mask=trust_mask, max_ratio=max_ratio), after,
+                 scale_by_learning_rate(learning_rate))
+
+
+@constructor
+def adam(learning_rate: Scalar, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8,
+         eps_root: Scalar = 0.0, mu_dtype: Storage = None, *, nesterov: bool = False,
+         nu_dtype: Storage = None) -> Transformation:
+    """Adam: each element's step is scaled by the root of its averaged square.
+
+        p ← p - lr·(m / (1 - b1^t)) / (sqrt(v / (1 - b2^t) + eps_root) + eps)
+        m ← b1·m + (1 - b1)·g          v ← b2·v + (1 - b2)·g²
+
+    It is `adamw` without decay.
+
+    Args:
+      learning_rate: as `adamw`, and so the others.
+      b1: in [0, 1).
+      b2: in [0, 1).
+      eps: at least 0.
+      eps_root: at least 0.
+      mu_dtype: a floating-point dtype, or None.
+      nesterov: whether to look ahead along the momentum.
+      nu_dtype: a floating-point dtype, or None.
+
+    Raises:
+      ValueError: for a number out of range or a storage dtype that is not floating-point.
+
+    >>> import jax.numpy as jnp, lionax
+    >>> tx = lionax.adam(0.5)
+    >>> params, _ = tx.step(jnp.array([2.0]), tx.init(jnp.zeros(1)), jnp.array([-3.0]))
+    >>> [round(p, 4) for p in params.tolist()]
+    [2.5]
+
+    References:
+      Kingma and Ba, Adam: A Method for Stochastic Optimization, 2015, arXiv:1412.6980.
+    """
+    return adamw(learning_rate, b1, b2, eps, eps_root, mu_dtype, 0.0, nesterov=nesterov,
+                 nu_dtype=nu_dtype)
+
+
+@constructor
+def adamw(learning_rate: Scalar, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8,
+          eps_root: Scalar = 0.0, mu_dtype: Storage = None, weight_decay: Scalar = 1e-4,
+          mask: Mask = None, *, nesterov: bool = False, nu_dtype: Storage = None,
+          base_learning_rate: float | None = None) -> Transformation:
+    """AdamW: `adam` with a decay that does not pass through the moments.
+
+        p ← p - lr·((m / (1 - b1^t)) / (sqrt(v / (1 - b2^t) + eps_root) + eps) + wd·p)
+        m ← b1·m + (1 - b1)·g          v ← b2·v + (1 - b2)·g²
+
+    Arithmetic is in float32, for float64 leaves in float64.
+
+    Args:
+      learning_rate: the size of a step, at least 0, in units of the parameter. Here and below a
+        number may also be a 0-d array, a schedule (a function of the step) or ``inject(value)``.
+      b1: the decay of the first moment in each step, in [0, 1).
+      b2: the decay of the second moment in each step, in [0, 1).
+      eps: added outside the root, at least 0, in units of the gradient.
+      eps_root: added inside the root, at least 0; for derivatives through the step.
+      mu_dtype: the dtype in which the first moment is stored; None for the parameter's own.
+      weight_decay: the fraction of a parameter that is subtracted in each step, per unit of
+        learning rate; at least 0.
+      mask: the leaves to decay: a tree of bools with the parameters' structure or a prefix of it, a
+        function that makes one from the parameters, or `matching`; None for all.
+      nesterov: whether to look ahead along the momentum, as in NAdam.
+      nu_dtype: the dtype in which the second moment is stored; None for the parameter's own.
+      base_learning_rate: None, or the greatest learning rate ``α`` of the schedule, above 0: the
+        decay is then ``(lr/α)·wd·p``, multiplied by the schedule alone.
+
+    Raises:
+      ValueError: for a number out of range, a storage dtype that is not floating-point, or, where
+        it is used, a mask that does not fit the parameters.
+
+    >>> import jax.numpy as jnp, lionax
+    >>> tx = lionax.adamw(0.5, weight_decay=0.5)
+    >>> params, _ = tx.step(jnp.array([2.0]), tx.init(jnp.zeros(1)), jnp.array([-3.0]))
+    >>> [round(p, 4) for p in params.tolist()]
+    [2.0]
+
+    References:
+      Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019, arXiv:1711.05101.
+    """
+    return chain(scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nu_dtype=nu_dtype,
+                               nesterov=nesterov),
+                 _decay(weight_decay, mask, base_learning_rate),
                  scale_by_learning_rate(learning_rate))
 
 
@@ -166,8 +264,9 @@ def sgd(learning_rate: Scalar, momentum: Scalar | None = None, nesterov: bool = 
     if nesterov and momentum is None:
         raise ValueError("sgd: nesterov=True looks ahead along the momentum, which is None; give "
                          "momentum=0.9, for example")
-    decay = add_decayed_weights(weight_decay, mask, base_learning_rate=base_learning_rate)
+    decay = _decay(weight_decay, mask, base_learning_rate)
     before, after = (decay, identity()) if base_learning_rate is None else (identity(), decay)
     momentum_part = (identity() if momentum is None else
-                     trace(momentum, nesterov, accumulator_dtype, dampening=dampening))
+                     trace(named(momentum, "momentum"), nesterov, accumulator_dtype,
+                           dampening=dampening))
     return chain(before, momentum_part, after, scale_by_learning_rate(learning_rate))

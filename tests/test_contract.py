@@ -14,7 +14,7 @@ import pytest
 import lionax
 
 EVERY_CASE = pytest.mark.parametrize("case", cases.grouped(cases.CASES))
-CONDITIONALS = ("accumulate", "skip_nonfinite", "dynamic_loss_scale")
+CONDITIONALS = ("accumulate", "skip_nonfinite", "skip_if", "dynamic_loss_scale")
 
 
 def over(*names, slow=()):
@@ -105,6 +105,13 @@ def test_donated_steps_give_equal_bits_with_and_without_the_compiler_options(cas
 
 
 @EVERY_CASE
+def test_no_two_leaves_of_a_first_state_share_a_buffer(case):
+    """A buffer cannot be donated twice."""
+    leaves = jax.tree.leaves(cases.prepared(case, "nested").state)
+    assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
+
+
+@EVERY_CASE
 def test_equal_definitions_are_equal_objects(case):
     one, two = cases.CASES[case].make(), cases.CASES[case].make()
     if case == "chain_foreign":  # two functions made by two calls of Optax differ
@@ -175,7 +182,7 @@ def test_a_gradient_of_none_keeps_the_slots(case):
     stepped, new = tx.step(params, state, {"a": ones, "b": None})
     assert structure(new) == structure(state)
     chex.assert_trees_all_equal(stepped["b"], params["b"])
-    slots = [[leaf for path, leaf in jax.tree_util.tree_leaves_with_path(of.rules)
+    slots = [[leaf for path, leaf in jax.tree_util.tree_leaves_with_path(of)
               if "'b'" in jax.tree_util.keystr(path[-1:])] for of in (state, new)]
     chex.assert_trees_all_equal(*slots)
 
