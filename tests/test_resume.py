@@ -1,0 +1,148 @@
+"""A run that goes on under another definition."""
+
+import logging
+import pickle
+
+import cases
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import lionax
+
+PARAMS = {"head": {"w": cases.normal(3, 2), "b": jnp.zeros(2)}, "body": cases.normal(4)}
+STEPS = 3
+
+
+def frozen(tx):
+    return lionax.partition({"train": tx, "freeze": lionax.set_to_zero()},
+                            lionax.labels({"head": "freeze"}, default="train"))
+
+
+CHANGES = {
+    "clip": (lambda: lionax.lion(0.1),
+             lambda: lionax.chain(lionax.clip_by_global_norm(1.0), lionax.lion(0.1))),
+    "average": (lambda: lionax.lamb(0.1),
+                lambda: lionax.chain(lionax.lamb(0.1), lionax.params_ema(0.9))),
+    "injected": (lambda: lionax.lion(0.1),
+                 lambda: lionax.lion(0.1, b1=lionax.inject(0.9))),
+    "schedule": (lambda: lionax.lion(0.1), lambda: lionax.lion(cases.SCHEDULE)),
+    "accumulate": (lambda: lionax.lamb(0.1), lambda: lionax.accumulate(lionax.lamb(0.1), 2)),
+    "skip": (lambda: lionax.lamb(0.1), lambda: lionax.skip_nonfinite(lionax.lamb(0.1), 5)),
+    "frozen": (lambda: lionax.lamb(0.1), lambda: frozen(lionax.lamb(0.1))),
+    "dtype": (lambda: lionax.lion(0.1), lambda: lionax.lion(0.1, mu_dtype=jnp.bfloat16)),
+}
+
+
+def through_pickle(state, path):
+    return pickle.loads(pickle.dumps(state))
+
+
+def through_orbax(state, path):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path / "state", state)
+        checkpointer.wait_until_finished()
+        return checkpointer.restore(path / "state", jax.eval_shape(lambda: state))
+
+
+def trained(tx):
+    params, state = PARAMS, tx.init(PARAMS)
+    for t in range(STEPS):
+        params, state = tx.step(params, state, cases.gradients(params, t))
+    return params, state
+
+
+@pytest.mark.parametrize("saved", [through_pickle, through_orbax])
+@pytest.mark.parametrize("back", [False, True], ids=["forth", "back"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_both_definitions_have_is_taken_over(name, back, saved, tmp_path):
+    before, after = (make() for make in (CHANGES[name][::-1] if back else CHANGES[name]))
+    params, state = trained(before)
+    like = after.init(PARAMS)
+    state = saved(state, tmp_path)
+    moved = lionax.cast_state(state, like)
+    chex.assert_trees_all_equal_shapes_and_dtypes(moved, like)
+    inner = moved.rules.inner if hasattr(moved.rules, "inner") else moved
+    of_old = state.rules.inner if hasattr(state.rules, "inner") else state
+    assert int(inner.count) == int(of_old.count)
+    for old, new in zip(jax.tree.leaves(optax.tree.get(state, "mu")),
+                        jax.tree.leaves(optax.tree.get(moved, "mu")), strict=False):
+        if name != "frozen":
+            assert jnp.array_equal(old.astype(new.dtype), new)
+    after.step(params, moved, cases.gradients(params, STEPS))
+
+
+def test_a_frozen_group_keeps_the_slots_of_the_others():
+    _, state = trained(lionax.lamb(0.1))
+    moved = lionax.cast_state(state, frozen(lionax.lamb(0.1)).init(PARAMS))
+    mu = optax.tree.get(moved, "mu")
+    assert isinstance(mu["head"]["w"], optax.MaskedNode)
+    assert jnp.array_equal(mu["body"], optax.tree.get(state, "mu")["body"])
+    assert float(lionax.get_hyperparams(moved)["train/learning_rate"]) == pytest.approx(0.1)
+
+
+def test_an_assigned_rate_stays_assigned():
+    state = lionax.set_hyperparams(lionax.lion(0.1).init(PARAMS), learning_rate=0.5)
+    tx = lionax.chain(lionax.clip(1.0), lionax.lion(0.1))
+    moved = lionax.cast_state(state, tx.init(PARAMS))
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, PARAMS), moved, PARAMS)
+    assert float(jnp.max(jnp.abs(updates["body"]))) > 0.4
+
+
+def test_the_logger_tells_each_field_that_is_new_or_gone(caplog):
+    plain, averaged = lionax.lion(0.1), lionax.chain(lionax.lion(0.1), lionax.params_ema(0.9))
+    with caplog.at_level(logging.INFO, logger="lionax"):
+        lionax.cast_state(plain.init(PARAMS), averaged.init(PARAMS))
+        lionax.cast_state(averaged.init(PARAMS), plain.init(PARAMS))
+    assert [record.message for record in caplog.records] == [
+        "cast_state: ParamsEmaState.params_ema (3 arrays) is new, as in `like`",
+        "cast_state: ParamsEmaState.params_ema (3 arrays) is gone, dropped"]
+
+
+def test_strict_accepts_a_change_of_dtypes_only():
+    plain, low = lionax.lion(0.1), lionax.lion(0.1, mu_dtype=jnp.bfloat16)
+    lionax.cast_state(plain.init(PARAMS), low.init(PARAMS), strict=True)
+    averaged = lionax.chain(plain, lionax.params_ema(0.9))
+    with pytest.raises(ValueError, match=r"ParamsEmaState\.params_ema .* is new.*strict"):
+        lionax.cast_state(plain.init(PARAMS), averaged.init(PARAMS), strict=True)
+
+
+def test_another_shape_is_refused():
+    tx = lionax.lion(0.1)
+    with pytest.raises(ValueError, match=r"ScaleByLionState\.mu of 'w' has shape \(2,\)"):
+        lionax.cast_state(tx.init({"w": jnp.ones(2)}), tx.init({"w": jnp.ones(3)}))
+
+
+@pytest.mark.parametrize("after", [
+    lambda: lionax.chain(lionax.clip(1.0), lionax.lion(0.1)),
+    lambda: lionax.lion(0.1, b1=lionax.inject(0.9)),
+    lambda: lionax.sgd(0.1, 0.9)])
+def test_a_state_of_another_definition_is_refused_with_the_first_difference(after):
+    state = lionax.lion(0.1).init(PARAMS)
+    with pytest.raises(ValueError, match=r"(?s)first difference.*lionax\.cast_state\(state"):
+        after().step(PARAMS, state, PARAMS)
+
+
+def test_an_injected_value_does_not_override_a_new_schedule():
+    before = lionax.lion(lionax.inject(0.1))
+    after = lionax.lion(lambda step: 0.5 / jnp.float32(step + 1))
+    state = lionax.cast_state(before.init(PARAMS), after.init(PARAMS))
+    _, state = after.step(PARAMS, state, PARAMS)
+    assert float(lionax.get_hyperparams(state)["learning_rate"]) == 0.5
+
+
+def test_an_assigned_rate_serves_all_new_groups():
+    state = lionax.set_hyperparams(lionax.sgd(0.1).init(PARAMS), learning_rate=0.5)
+    tx = lionax.partition({"x": lionax.sgd(0.1), "y": lionax.sgd(0.2)},
+                          lionax.labels({"head": "x"}, default="y"))
+    held = lionax.get_hyperparams(lionax.cast_state(state, tx.init(PARAMS)))
+    assert {name: float(value) for name, value in held.items()} == {
+        "x/learning_rate": 0.5, "y/learning_rate": 0.5}
+
+
+def test_a_state_of_optax_is_refused_with_the_way():
+    with pytest.raises(TypeError, match=r"holds no state of lionax; .*compat\.from_optax"):
+        lionax.cast_state(optax.lion(0.1).init(PARAMS), lionax.lion(0.1).init(PARAMS))
