@@ -6,20 +6,23 @@ can be named in a dict.
 """
 
 import dataclasses
+import json
 import math
 import types
 import typing
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from lionax.compat import keras3, keras_parts, keras_schedules, tf_models
+from lionax.core import hyperparameters
 from lionax.core.definition import Foreign
 from lionax.core.hyperparameters import Injected
+from lionax.core.masks import PathLabels, PathMask, PathTree
 from lionax.core.rule import Definition, Rule
 from lionax.core.transformation import Transformation
-from lionax.core.tree import PathMask, PathTree
 from lionax.transforms import (
     accumulation,
     adaptive,
@@ -41,11 +44,11 @@ _TYPES: dict[str, type] = {cls.__name__: cls for cls in (
     accumulation.Accumulate, adaptive.ScaleByAdam, adaptive.ScaleByTrustRatio, averaging.ParamsEma,
     clipping.Clip, clipping.ClipByGlobalNorm, clipping.ClipByNorm, combining.Chain,
     combining.Identity, combining.Masked, combining.NamedChain, combining.Partition,
-    combining.SetToZero, conditional.DynamicLossScale, conditional.SkipNonfinite,
-    conditional.Unscale, decay.AddDecayedWeights, momentum.Ema, momentum.Trace, scaling.Scale,
-    scaling.ScaleByLearningRate, sign_momentum.ScaleByLion, tf_models.ZeroNorm, Injected, PathMask,
-    PathTree, keras_parts.Decayed, keras_parts.EveryWindow, keras_parts.FirstCopies,
-    keras_parts.KerasAverage, keras3.Shrunk,
+    combining.SetToZero, conditional.DynamicLossScale, conditional.SkipIf, conditional.Unscale,
+    decay.AddDecayedWeights, momentum.Ema, momentum.Trace, scaling.Scale,
+    scaling.ScaleByLearningRate, sign_momentum.ScaleByLion, tf_models.ZeroNorm, Injected,
+    hyperparameters.Interval, PathLabels, PathMask, PathTree, keras_parts.Decayed,
+    keras_parts.EveryWindow, keras_parts.FirstCopies, keras_parts.KerasAverage, keras3.Shrunk,
     tf_models.InverseTime, keras_schedules.CosineDecay, keras_schedules.ExponentialDecay,
     keras_schedules.InverseTimeDecay, keras_schedules.PiecewiseConstantDecay,
     keras_schedules.PolynomialDecay)}
@@ -74,8 +77,8 @@ def register_rule(cls: type[Rule]) -> type[Rule]:
     ... class Negate(lionax.Rule):
     ...     def apply(self, update, slots, param, step):
     ...         return -update, slots
-    >>> lionax.to_config(lionax.Transformation.of(Negate()))
-    {'type': 'Negate'}
+    >>> lionax.to_config(lionax.Transformation.of(Negate()))["type"]
+    'Negate'
     """
     is_rule = isinstance(cls, type) and issubclass(cls, Rule) and dataclasses.is_dataclass(cls)
     if not is_rule or "__dataclass_params__" not in vars(cls):
@@ -126,12 +129,19 @@ def to_config(tx: Transformation) -> dict[str, Any]:
       TypeError: for what has none; the message tells where it is and the remedy.
 
     >>> import lionax
-    >>> lionax.to_config(lionax.clip(1.0))
-    {'type': 'Clip', 'max_delta': 1.0}
+    >>> config = lionax.to_config(lionax.clip(1.0))
+    >>> config["type"], config["max_delta"], config["call"][0]
+    ('Clip', 1.0, 'clip(max_delta=1.0)')
     """
     if not isinstance(tx, Transformation):
         raise TypeError(f"to_config: {tx!r} is not a lionax transformation")
-    return _encode(tx.definition, "$")
+    config = _encode(tx.definition, "$")
+    return {**config, "call": [repr(tx), _checksum(config)]}
+
+
+def _checksum(config: Any) -> int:
+    """A number that differs where a config was edited, and the call that it tells is another."""
+    return zlib.crc32(json.dumps(config, sort_keys=True).encode())
 
 
 def _encode(value: Any, where: str) -> Any:
@@ -173,9 +183,15 @@ def from_config(config: dict[str, Any]) -> Transformation:
     >>> lionax.from_config(json.loads(json.dumps(lionax.to_config(tx)))) == tx
     True
     """
-    definition = _decode(config, "$", 0)
+    written, fields = None, config
+    if isinstance(config, dict):
+        written = config.get("call")
+        fields = {key: value for key, value in config.items() if key != "call"}
+    definition = _decode(fields, "$", 0)
     if not isinstance(definition, Definition):
         raise ValueError(f"from_config: $ is a {type(definition).__name__}, not a transformation")
+    if isinstance(written, list) and written[1:] == [_checksum(fields)]:
+        return Transformation.of(definition, str(written[0]))
     return Transformation.of(definition)
 
 
@@ -225,7 +241,7 @@ def _build(cls: type, fields: dict[str, Any], where: str, depth: int) -> Any:
 def _fits(value: Any, field: dataclasses.Field) -> bool:
     """Whether a decoded value is of the field's kind; the constructor checks its range."""
     if field.name in ("mask", "labels"):
-        return isinstance(value, PathMask | PathTree)
+        return isinstance(value, PathMask | PathTree | PathLabels)
     if "scalar" in field.metadata or field.name in ("schedule", "rate"):
         is_registered = any(value is schedule for schedule in _registered.values())
         is_known = is_registered or isinstance(value, (Injected, *_SCHEDULES))
@@ -243,6 +259,8 @@ def _is_a(value: Any, annotation: Any) -> bool:
     origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (types.UnionType, typing.Union):
         return any(_is_a(value, part) for part in parts)
+    if origin is Callable:
+        return callable(value)
     if origin is typing.Literal:
         return value in parts
     if origin is tuple:
@@ -257,5 +275,5 @@ def _is_a(value: Any, annotation: Any) -> bool:
     if annotation is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if annotation is Any:
-        return value is None or isinstance(value, bool | int | float | str)
+        return value is None or isinstance(value, bool | int | float | str | tuple)
     return isinstance(value, type(None) if annotation is None else annotation)

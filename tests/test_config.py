@@ -47,6 +47,7 @@ def test_there_and_back(name):
     again = lionax.from_config(json.loads(text))
     assert again == tx
     assert lionax.to_config(again) == config
+    assert repr(again) == repr(tx)
 
 
 @pytest.mark.parametrize("name", test_compat.REPLAYED)
@@ -143,3 +144,13 @@ def test_a_changed_value_is_refused_or_taken(data):
     part = data.draw(st.sampled_from(config["parts"]))
     part[data.draw(st.sampled_from(sorted(part)))] = data.draw(CONFIGS)
     assert isinstance(built(config), lionax.Transformation | None)
+
+
+def test_an_edited_config_does_not_print_as_the_call_that_it_was():
+    config = lionax.to_config(lionax.clip(1.0))
+    edited = lionax.from_config({**config, "max_delta": 2.0})
+    assert edited == lionax.clip(2.0)
+    assert repr(edited) == "Transformation.of(Clip(max_delta=2.0))"
+    assert lionax.from_config({"type": "Clip", "max_delta": 2.0}) == edited
+    for call in ("x", [], ["x"], [1, 2], {"a": 1}, None):
+        assert lionax.from_config({**config, "call": call}) == lionax.clip(1.0)

@@ -155,8 +155,7 @@ def test_a_state_of_another_transformation():
     "make", [lionax.lion, lionax.lamb, lionax.sgd, lambda rate: lionax.clip_by_global_norm(1.0)])
 @pytest.mark.parametrize(("leaf", "remedy"),
                          [(jnp.array([1, 2]), "lionax.masked or lionax.partition"),
-                          (jnp.array([True]), "lionax.masked"),
-                          (jnp.array([1j]), "optax.contrib.split_real_and_imaginary")])
+                          (jnp.array([True]), "lionax.masked")])
 def test_leaves_that_are_not_floating_point(make, leaf, remedy):
     with pytest.raises(TypeError, match=rf"the parameter 'table' has dtype {leaf.dtype}.*{remedy}"):
         make(1e-3).init({"table": leaf})
@@ -228,6 +227,87 @@ def test_a_hyperparameter_set_past_its_form():
         tx.update(PARAMS, state)
 
 
-def test_a_mask_with_two_entries_for_one_path():
-    with pytest.raises(ValueError, match="two entries with the path 'a/b'"):
-        lionax.masked(lionax.scale(1.0), {"a/b": True, "a": {"b": False}})
+def test_clip_refuses_complex_leaves():
+    with pytest.raises(TypeError, match=r"clip: .*complex64.*optax\.contrib\.split_real"):
+        lionax.clip(1.0).init(jnp.array([1j]))
+
+
+def stepped(tx, **extra):
+    return tx.step(PARAMS, tx.init(PARAMS), PARAMS, **extra)
+
+
+WRONG_USES = {
+    "a rate that is infinite": (lambda: lionax.lion(np.inf), r"learning_rate=inf .* a finite"),
+    "a rate that is text": (lambda: lionax.lion("1e-3"), "learning_rate='1e-3' is not accepted"),
+    "a schedule of nothing": (lambda: lionax.lion(lambda: 0.1), "with the step alone; .*schedule"),
+    "a schedule of two": (lambda: lionax.lion(lambda step, x: 0.1), "with the step alone"),
+    "a schedule that gives text": (lambda: stepped(lionax.lion(lambda step: "a")),
+                                   "must return a scalar; .* gave 'a'"),
+    "a schedule in NumPy": (lambda: jax.jit(lionax.lion(np.cos).step)(
+        PARAMS, lionax.lion(0.1).init(PARAMS), PARAMS), r"the schedule .* jax\.numpy"),
+    "another system's word": (lambda: lionax.lion(0.1, betas=(0.9, 0.99)),
+                              r"unexpected .*'betas'; the signature is lion\(learning_rate, b1=0"),
+    "a pair for a number": (lambda: lionax.lion(0.1, b1=(0.9, 0.99)), r"b1=\(0\.9, 0\.99\)"),
+    "a keyword with a typo": (lambda: stepped(lionax.accumulate(lionax.lion(0.1), 2), weigth=2.0),
+                              "step: .* 'weigth'; did you mean 'weight'"),
+    "a keyword of nobody": (lambda: stepped(lionax.lion(0.1), value=2.0), "'value'; it takes none"),
+    "an assigned attribute": (lambda: setattr(lionax.lion(0.1), "learning_rate", 0.2),
+                              r"is a constant: .*lionax\.set_hyperparams"),
+    "a mask of paths": (lambda: stepped(lionax.lion(0.1, mask=lambda path: "bias" in path)),
+                        r"mask returned False; .* once, with the tree .*lionax\.matching"),
+    "a mask of paths and leaves": (lambda: stepped(lionax.lion(0.1, mask=lambda path, leaf: True)),
+                                   "mask failed .*once, with the tree"),
+    "a mask of nothing": (lambda: stepped(lionax.lion(0.1, mask=lambda params: None)),
+                          "mask returned None"),
+    "a list of regular expressions": (lambda: lionax.matching(["bias"]), r"matching: \['bias'\]"),
+    "labels in a list": (lambda: lionax.labels(["bias"]), r"labels: \['bias'\] is not a mapping"),
+    "labels without a default": (
+        lambda: stepped(lionax.partition({"a": lionax.lion(0.1)}, lionax.labels({"bias": "a"}))),
+        "matches the leaf 'dense/kernel'; .* default"),
+    "arguments in another order": (lambda: lionax.partition("a", {"a": lionax.lion(0.1)}),
+                                   "transforms='a' is not a mapping"),
+    "a chain of a list": (lambda: lionax.chain([lionax.clip(1.0), lionax.lion(0.1)]),
+                          r"unpack it: chain\(\*transformations\)"),
+    "a function that makes one": (lambda: lionax.chain(lionax.clip, lionax.lion(0.1)),
+                                  "chain: <function clip .* what a constructor"),
+    "half a micro-batch": (lambda: lionax.accumulate(lionax.lion(0.1), 2.5), r"every=2\.5"),
+    "a weight for each example": (
+        lambda: stepped(lionax.accumulate(lionax.lion(0.1), 2), weight=jnp.ones(3)),
+        "weight=Array"),
+    "a flush that is text": (lambda: stepped(lionax.accumulate(lionax.lion(0.1), 2), flush="no"),
+                             "flush='no' .* give one bool"),
+    "gradients before the state": (
+        lambda: lionax.lion(0.1).step(PARAMS, PARAMS, lionax.lion(0.1).init(PARAMS)),
+        r"the state is a dict, .*step\(params, state, grads\)"),
+    "Optax's state": (lambda: lionax.lion(0.1).update(PARAMS, optax.lion(0.1).init(PARAMS), PARAMS),
+                      r"the state is a tuple, .*lionax\.compat\.from_optax"),
+    "a transformation for its state": (
+        lambda: lionax.cast_state(lionax.lion(0.1), lionax.lion(0.1).init(PARAMS)),
+        "cast_state: state is a transformation"),
+    "a mode of nobody": (lambda: lionax.scale_by_lion(mode="soft"), "give 'hard', 'smooth'"),
+    "axes as text": (lambda: lionax.scale_by_trust_ratio(batch_axes="0"), r"such as \(0,\)"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_USES)
+def test_a_wrong_use_is_refused_in_words_that_help(name):
+    use, message = WRONG_USES[name]
+    with pytest.raises((TypeError, ValueError, AttributeError), match=f"(?s){message}") as caught:
+        use()
+    assert len(str(caught.value).splitlines()) <= 12
+    assert len(str(caught.value)) <= 700
+
+
+def test_update_ignores_an_unknown_keyword():
+    tx = lionax.lion(0.1)
+    tx.update(PARAMS, tx.init(PARAMS), PARAMS, value=1.0)
+    optax.chain(tx).update(PARAMS, optax.chain(tx).init(PARAMS), PARAMS, value=1.0)
+
+
+def test_what_takes_any_keyword_is_given_it():
+    seen = []
+    any_keyword = optax.GradientTransformationExtraArgs(
+        lambda params: optax.EmptyState(),
+        lambda updates, state, params=None, **extra: (seen.append(extra), (updates, state))[1])
+    stepped(lionax.chain(any_keyword, lionax.sgd(0.1)), loss=1.0)
+    assert seen == [{"loss": 1.0}]

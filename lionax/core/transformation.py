@@ -1,6 +1,7 @@
 """What users hold: `Transformation`, Optax's contract around a definition."""
 
 import dataclasses
+import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import numpy as np
 import optax
 
 from lionax.core import engine, storage
+from lionax.core.definition import Foreign, nested
 from lionax.core.rule import Definition
 from lionax.core.state import State, init_state
 from lionax.core.tree import is_placeholder
@@ -28,7 +30,7 @@ class _Init:
     made_by: Any = dataclasses.field(default=None, compare=False)  # the public function, or None
     given: Any = dataclasses.field(default=None, compare=False)  # and its arguments by name
 
-    def __call__(self, params: Any) -> State:
+    def __call__(self, params: Any) -> Any:
         return init_state(self.definition, params)
 
 
@@ -40,6 +42,8 @@ class _Update:
 
     def __call__(self, updates: Any, state: State, params: Any = None,
                  **extra: Any) -> tuple[Any, State]:
+        if updates is None:
+            return None, state
         return engine.update(self.definition, updates, state, params, extra)
 
 
@@ -61,14 +65,16 @@ class Transformation(optax.GradientTransformationExtraArgs):
     __slots__ = ()
 
     @classmethod
-    def of(cls, definition: Definition) -> "Transformation":
-        """The transformation that a `Rule` or another definition describes."""
-        return cls(_Init(definition), cast(Any, _Update(definition)))
+    def of(cls, definition: Definition, call: str = "") -> "Transformation":
+        """The transformation that a rule or another definition describes; ``call`` is its repr."""
+        return cls(cast(Any, _Init(definition, call)), cast(Any, _Update(definition)))
 
     @property
     def definition(self) -> Definition:
         """The data that says what the transformation does."""
-        return cast(_Init, self.init).definition
+        if isinstance(self.init, _Init) and isinstance(self.update, _Update):
+            return self.init.definition
+        return Foreign(optax.GradientTransformationExtraArgs(*self))  # made by `_replace`
 
     def step(self, params: Any, state: State, grads: Any, **extra: Any) -> tuple[Any, State]:
         """One training step: the new parameters and the new state.
@@ -85,6 +91,8 @@ class Transformation(optax.GradientTransformationExtraArgs):
           **extra: for transformations that take extra arguments.
 
         Raises:
+          TypeError: for an extra argument that none of them takes; ``update`` ignores it, as
+            Optax's contract has it.
           ValueError: without parameters.
 
         >>> import jax, jax.numpy as jnp, lionax
@@ -98,15 +106,33 @@ class Transformation(optax.GradientTransformationExtraArgs):
         if params is None:
             raise ValueError(f"{self!r}: step needs the parameters, which it returns anew; without "
                              "them, call update(grads, state)")
+        _check_keywords(self.definition, extra)
         return engine.step(self.definition, params, state, grads, extra)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"{self!r} is a constant: {name} cannot be assigned. Make another "
+                             "transformation, or assign a hyperparameter in the state with "
+                             "lionax.set_hyperparams(state, ...)")
 
     def made_by(self, function: Callable[..., Any]) -> dict[str, Any] | None:
         """The arguments by name, if it came from a call of this public function; else None."""
-        init = cast(_Init, self.init)
-        return dict(init.given) if init.made_by is function else None
+        init: Any = self.init
+        return dict(init.given) if getattr(init, "made_by", None) is function else None
 
     def __repr__(self) -> str:
-        return cast(_Init, self.init).call or f"Transformation.of({self.definition!r})"
+        return getattr(self.init, "call", "") or f"Transformation.of({self.definition!r})"
+
+
+def _check_keywords(definition: Definition, extra: dict[str, Any]) -> None:
+    """Refuses an extra argument that no part of a definition takes."""
+    known = set().union(*(part.takes for part in nested(definition))) if extra else set()
+    for name in extra if "**" not in known else ():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            accepted = ", ".join(sorted(known)) or "none"
+            raise TypeError(f"step: no part of the transformation takes the argument {name!r}" +
+                            (f"; did you mean {near[0]!r}?" if near else
+                             f"; it takes {accepted}"))
 
 
 def constructor(function: Callable[..., Transformation]) -> Callable[..., Transformation]:
@@ -119,13 +145,19 @@ def constructor(function: Callable[..., Transformation]) -> Callable[..., Transf
             given = signature.bind(*args, **kwargs).arguments
         except TypeError as error:
             raise TypeError(f"{function.__name__}: {error}; the signature is "
-                            f"{function.__name__}{signature}") from None
+                            f"{function.__name__}{_names(signature)}") from None
         definition = function(*args, **kwargs).definition
         call = f"{function.__name__}({', '.join(_arguments(signature, given))})"
         init = _Init(definition, call, construct, dict(given))
-        return Transformation(init, cast(Any, _Update(definition)))
+        return Transformation(cast(Any, init), cast(Any, _Update(definition)))
 
     return construct
+
+
+def _names(signature: inspect.Signature) -> inspect.Signature:
+    """The signature without annotations."""
+    parameters = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    return inspect.Signature(parameters)
 
 
 def _arguments(signature: inspect.Signature, given: dict[str, Any]) -> Iterator[str]:
