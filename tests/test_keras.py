@@ -1,6 +1,7 @@
 """The installed Keras 3, running on its JAX backend beside lionax."""
 
 import functools
+import inspect
 import os
 
 import jax
@@ -218,3 +219,77 @@ def test_what_keras_refuses_is_refused():
         with pytest.raises((ValueError, TypeError),
                            match=next(iter(arguments)) if len(arguments) == 1 else "."):
             getattr(keras3, name)(**arguments)
+
+
+TYPES = {
+    "None": None, "True": True, "False": False, "an int": 1, "a float": 0.5, "text": "a",
+    "a list": [0.5], "a tuple": (), "a dict": {}, "np.float32": np.float32(0.5),
+    "np.float64": np.float64(0.5), "np.int64": np.int64(2), "an array of NumPy": np.array(0.5),
+    "an array of JAX": jnp.float32(0.5), "a complex number": 1j, "an object": object(),
+    "a schedule": lambda step: 0.5, "a function of nothing": lambda: 0.5,
+}
+LISTS = "Keras broadcasts a list against each parameter"
+NOTHING = "Keras takes what is empty for nothing"
+OUT_OF_RANGE = "Keras takes a number out of range, and gives NaN or no average"
+TYPE_EXCEPTIONS = {
+    ("learning_rate", "a schedule"): "Keras's schedules are of a class; here a function is one",
+    ("learning_rate", "a function of nothing"): "a compiled step would call it only once",
+    ("weight_decay", "a list"): LISTS, ("beta_2", "a list"): LISTS, ("epsilon", "a list"): LISTS,
+    **{(limit, empty): NOTHING for limit in ("clipnorm", "clipvalue", "global_clipnorm")
+       for empty in ("a tuple", "a dict")},
+    ("epsilon", "a complex number"): LISTS, ("loss_scale_factor", "a complex number"): LISTS,
+    **{(beta, number): OUT_OF_RANGE for beta in ("beta_1", "beta_2")
+       for number in ("True", "an int", "np.int64")},
+    ("loss_scale_factor", "False"): OUT_OF_RANGE,
+}
+
+
+def _refuses(make, use):
+    try:
+        use(make())
+    except (TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError):
+        return True
+    return False
+
+
+def _two_steps_of_keras(optimizer):
+    variable = keras.Variable(np.ones((2, 2), np.float32), name="w")
+    optimizer.build([variable])
+    for _ in range(2):
+        optimizer.apply([jnp.ones((2, 2))], [variable])
+
+
+def _two_steps(tx):
+    params = {"w": jnp.ones((2, 2))}
+    state = tx.init(params)
+    for _ in range(2):
+        params, state = tx.step(params, state, params)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_argument_of_every_type_is_refused_where_keras_refuses_it(name):
+    arguments = [*inspect.signature(getattr(keras3, name)).parameters][:-1]
+    wrong = []
+    for argument in [*arguments, "lr", "experimental_relax_shapes"]:
+        for kind, value in TYPES.items():
+            given = {argument: value}
+            if argument.startswith("ema_"):
+                given["use_ema"] = True
+            theirs = _refuses(lambda g=given: getattr(keras.optimizers, name)(**g),
+                              _two_steps_of_keras)
+            ours = _refuses(lambda g=given: getattr(keras3, name)(**g), _two_steps)
+            if ours != theirs and (argument, kind) not in TYPE_EXCEPTIONS:
+                wrong.append((argument, kind, f"Keras refuses: {theirs}"))
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_decay_is_without_effect_with_the_warning_of_keras(name):
+    for make in (getattr(keras.optimizers, name), getattr(keras3, name)):
+        with pytest.warns(UserWarning, match="Argument `decay` is no longer supported and will be"):
+            make(decay=0.1)
+    with pytest.warns(UserWarning, match="decay"):
+        with_decay = getattr(keras3, name)(decay=0.1)
+    assert with_decay == getattr(keras3, name)()

@@ -10,84 +10,16 @@ import numpy as np
 
 from lionax.compat import keras_schedules
 from lionax.compat.keras2 import momentum_sgd
-from lionax.compat.keras_parts import (
-    Decayed,
-    EveryWindow,
-    FirstCopies,
-    KerasAverage,
-    check_ema,
-    check_rate,
-    clipping,
-    decayed,
-)
-from lionax.core.hyperparameters import Scalar
+from lionax.compat.keras_parts import Keras3Arguments, constant
+from lionax.core.hyperparameters import Injected, Scalar
 from lionax.core.transformation import Transformation, constructor
-from lionax.transforms.accumulation import accumulate
 from lionax.transforms.adaptive import scale_by_adam, scale_by_trust_ratio
-from lionax.transforms.combining import chain, identity, masked
-from lionax.transforms.conditional import unscale
+from lionax.transforms.combining import chain, masked
 from lionax.transforms.decay import add_decayed_weights
 from lionax.transforms.scaling import scale_by_learning_rate
 from lionax.transforms.sign_momentum import scale_by_lion
 
 __all__ = ["SGD", "Lamb", "Lion", "Shrunk", "from_config", "to_config"]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Base:
-    """The arguments that all optimizers of Keras 3 share, checked, and what they do."""
-
-    owner: str
-    learning_rate: Scalar
-    weight_decay: float | None
-    clipnorm: float | None
-    clipvalue: float | None
-    global_clipnorm: float | None
-    use_ema: bool
-    ema_momentum: float
-    ema_overwrite_frequency: int | None
-    loss_scale_factor: float | None
-    gradient_accumulation_steps: int | None
-    exclude_from_weight_decay: Mapping[str, Sequence[str]] | None
-
-    def __post_init__(self):
-        steps = self.gradient_accumulation_steps
-        if steps and not steps >= 2:
-            raise ValueError(f"{self.owner}: gradient_accumulation_steps={steps!r} is not "
-                             "accepted; give a number of at least 2, or None")
-        check_ema(self.use_ema, self.ema_momentum, self.ema_overwrite_frequency, self.owner)
-        clips = {name: getattr(self, name) for name in ("clipnorm", "clipvalue", "global_clipnorm")}
-        given = {name: value for name, value in clips.items() if value is not None}
-        if len(given) > 1:
-            raise ValueError(f"{self.owner}: {given} exclude each other; give one of them")
-        check_rate(self.learning_rate, self.owner)
-
-    @property
-    def calls(self) -> int:
-        """How many calls make a step."""
-        return self.gradient_accumulation_steps or 1
-
-    @property
-    def rate(self) -> Scalar:
-        """The learning rate by the optimizer's steps; Keras looks schedules up by calls."""
-        return EveryWindow(
-            self.learning_rate,
-            self.calls) if callable(self.learning_rate) and self.calls > 1 else self.learning_rate
-
-    @property
-    def mask(self) -> Decayed:
-        """The leaves that decay."""
-        return decayed(self.exclude_from_weight_decay, "last", self.owner)
-
-    def around(self, own: Transformation) -> Transformation:
-        """Unscaling, accumulation, clipping and the average, around the optimizer's own part."""
-        step = chain(clipping(self.clipnorm, self.global_clipnorm, self.clipvalue), own)
-        frequency = 1 if self.ema_overwrite_frequency == 0 else self.ema_overwrite_frequency
-        average = KerasAverage(FirstCopies(self.ema_momentum, self.calls), frequency, self.calls)
-        return chain(
-            identity() if self.loss_scale_factor is None else unscale(self.loss_scale_factor),
-            accumulate(step, self.calls) if self.calls > 1 else step,
-            Transformation.of(average) if self.use_ema else identity())
 
 
 @constructor
@@ -97,7 +29,8 @@ def Lion(learning_rate: Scalar = 0.001, beta_1: float = 0.9, beta_2: float = 0.9
          use_ema: bool = False, ema_momentum: float = 0.99,
          ema_overwrite_frequency: int | None = None, loss_scale_factor: float | None = None,
          gradient_accumulation_steps: int | None = None, name: str | None = None, *,
-         exclude_from_weight_decay: Mapping[str, Sequence[str]] | None = None) -> Transformation:
+         decay: Any = None, exclude_from_weight_decay: Mapping[str, Sequence[str]] | None = None
+        ) -> Transformation:
     """``keras.optimizers.Lion`` of Keras 3.
 
     As in the reference: the average is a copy of the parameters until the first step is complete;
@@ -106,7 +39,8 @@ def Lion(learning_rate: Scalar = 0.001, beta_1: float = 0.9, beta_2: float = 0.9
     schedules are looked up by calls.
 
     Args:
-      learning_rate: a number, a 0-d array or a schedule; a function of no arguments is refused.
+      learning_rate: a float (an int is refused, as in the reference) or a schedule; a function of
+        no arguments is refused.
       beta_1: in (0, 1].
       beta_2: in [0, 1].
       weight_decay: the decay ``lr·weight_decay·p``, or None.
@@ -118,7 +52,8 @@ def Lion(learning_rate: Scalar = 0.001, beta_1: float = 0.9, beta_2: float = 0.9
       ema_overwrite_frequency: after how many steps the parameters are set to it, or None.
       loss_scale_factor: what gradients are divided by, or None.
       gradient_accumulation_steps: how many calls make a step, at least 2, or None.
-      name: without effect.
+      name: without effect; a string without '/', or None.
+      decay: without effect, with the reference's warning.
       exclude_from_weight_decay: ``{"var_names": [regular expressions], "var_list": [paths]}``, what
         the method of that name takes; the expressions are searched for in the last part of a path:
         ``kernel``.
@@ -131,14 +66,17 @@ def Lion(learning_rate: Scalar = 0.001, beta_1: float = 0.9, beta_2: float = 0.9
     >>> keras3.Lion(1e-4, weight_decay=0.1)
     Lion(learning_rate=0.0001, weight_decay=0.1)
     """
-    base = _Base("compat.keras3.Lion", learning_rate, weight_decay, clipnorm, clipvalue,
+    base = Keras3Arguments("compat.keras3.Lion", learning_rate, weight_decay, clipnorm, clipvalue,
                  global_clipnorm, use_ema, ema_momentum, ema_overwrite_frequency, loss_scale_factor,
-                 gradient_accumulation_steps, exclude_from_weight_decay)
-    if not 0 < beta_1 <= 1:
+                 gradient_accumulation_steps, exclude_from_weight_decay, name, decay)
+    beta_1, beta_2 = (constant(beta_1, base.owner, "beta_1"),
+                      constant(beta_2, base.owner, "beta_2"))
+    if not isinstance(beta_1, Injected) and not 0 < beta_1 <= 1:
         raise ValueError(f"{base.owner}: beta_1={beta_1!r} is not accepted; give a number in (0, "
                          "1] (at 0 it would be SignSGD)")
     return base.around(
-        chain(scale_by_lion(beta_1, beta_2), add_decayed_weights(weight_decay or 0.0, base.mask),
+        chain(scale_by_lion(beta_1, beta_2),
+              add_decayed_weights(base.weight_decay or 0.0, base.mask),
               scale_by_learning_rate(base.rate)))
 
 
@@ -149,7 +87,8 @@ def SGD(learning_rate: Scalar = 0.01, momentum: float = 0.0, nesterov: bool = Fa
         ema_momentum: float = 0.99, ema_overwrite_frequency: int | None = None,
         loss_scale_factor: float | None = None, gradient_accumulation_steps: int | None = None,
         name: str | None = None, *,
-        exclude_from_weight_decay: Mapping[str, Sequence[str]] | None = None) -> Transformation:
+        decay: Any = None, exclude_from_weight_decay: Mapping[str, Sequence[str]] | None = None
+        ) -> Transformation:
     """``keras.optimizers.SGD`` of Keras 3. Its momentum has the learning rate inside, as
     `lionax.compat.keras2.SGD` says.
 
@@ -166,7 +105,8 @@ def SGD(learning_rate: Scalar = 0.01, momentum: float = 0.0, nesterov: bool = Fa
       ema_overwrite_frequency: as `Lion`.
       loss_scale_factor: as `Lion`.
       gradient_accumulation_steps: as `Lion`.
-      name: without effect.
+      name: as `Lion`.
+      decay: as `Lion`.
       exclude_from_weight_decay: as `Lion`.
 
     Raises:
@@ -177,17 +117,18 @@ def SGD(learning_rate: Scalar = 0.01, momentum: float = 0.0, nesterov: bool = Fa
     >>> keras3.SGD(momentum=0.9)
     SGD(momentum=0.9)
     """
-    base = _Base("compat.keras3.SGD", learning_rate, weight_decay, clipnorm, clipvalue,
+    base = Keras3Arguments("compat.keras3.SGD", learning_rate, weight_decay, clipnorm, clipvalue,
                  global_clipnorm, use_ema, ema_momentum, ema_overwrite_frequency, loss_scale_factor,
-                 gradient_accumulation_steps, exclude_from_weight_decay)
+                 gradient_accumulation_steps, exclude_from_weight_decay, name, decay)
     if not isinstance(momentum, float) or not 0 <= momentum <= 1:
         raise ValueError(f"{base.owner}: momentum={momentum!r} is not accepted; give a float in "
                          "[0, 1]")
     if momentum == 0:
         return base.around(
-            chain(add_decayed_weights(weight_decay or 0.0, base.mask),
+            chain(add_decayed_weights(base.weight_decay or 0.0, base.mask),
                   scale_by_learning_rate(base.rate)))
-    return base.around(momentum_sgd(base.rate, momentum, nesterov, weight_decay, base.mask))
+    own = momentum_sgd(base.rate, momentum, nesterov, base.weight_decay, base.mask)
+    return base.around(own)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +150,8 @@ def Lamb(learning_rate: Scalar = 0.001, beta_1: float = 0.9, beta_2: float = 0.9
          use_ema: bool = False, ema_momentum: float = 0.99,
          ema_overwrite_frequency: int | None = None, loss_scale_factor: float | None = None,
          gradient_accumulation_steps: int | None = None, name: str | None = None, *,
-         exclude_from_weight_decay: Mapping[str, Sequence[str]] | None = None) -> Transformation:
+         decay: Any = None, exclude_from_weight_decay: Mapping[str, Sequence[str]] | None = None
+        ) -> Transformation:
     """``keras.optimizers.Lamb`` of Keras 3.
 
     As in the reference, decay is not part of the layer adaptation: the parameter is decayed first,
@@ -229,7 +171,8 @@ def Lamb(learning_rate: Scalar = 0.001, beta_1: float = 0.9, beta_2: float = 0.9
       ema_overwrite_frequency: as `Lion`.
       loss_scale_factor: as `Lion`.
       gradient_accumulation_steps: as `Lion`.
-      name: without effect.
+      name: as `Lion`.
+      decay: as `Lion`.
       exclude_from_weight_decay: as `Lion`.
 
     Raises:
@@ -240,17 +183,20 @@ def Lamb(learning_rate: Scalar = 0.001, beta_1: float = 0.9, beta_2: float = 0.9
     >>> keras3.Lamb(epsilon=1e-6)
     Lamb(epsilon=1e-06)
     """
-    base = _Base("compat.keras3.Lamb", learning_rate, weight_decay, clipnorm, clipvalue,
+    base = Keras3Arguments("compat.keras3.Lamb", learning_rate, weight_decay, clipnorm, clipvalue,
                  global_clipnorm, use_ema, ema_momentum, ema_overwrite_frequency, loss_scale_factor,
-                 gradient_accumulation_steps, exclude_from_weight_decay)
+                 gradient_accumulation_steps, exclude_from_weight_decay, name, decay)
+    beta_1, beta_2, epsilon = (constant(beta_1, base.owner, "beta_1"),
+                               constant(beta_2, base.owner, "beta_2"),
+                               constant(epsilon, base.owner, "epsilon"))
     adapt = scale_by_trust_ratio()
-    if weight_decay:
-        shrunk = scale_by_trust_ratio(trust_coefficient=Shrunk(base.rate, weight_decay),
+    if base.weight_decay:
+        shrunk = scale_by_trust_ratio(trust_coefficient=Shrunk(base.rate, base.weight_decay),
                                       mask=base.mask)
         adapt = chain(shrunk, masked(adapt, base.mask.opposite()))
     return base.around(
         chain(scale_by_adam(beta_1, beta_2, epsilon), adapt,
-              add_decayed_weights(weight_decay or 0.0, base.mask),
+              add_decayed_weights(base.weight_decay or 0.0, base.mask),
               scale_by_learning_rate(base.rate)))
 
 
@@ -284,7 +230,7 @@ def to_config(tx: Transformation) -> dict[str, Any]:
                 for parameter in inspect.signature(make).parameters.values()
             }
             config = {**defaults, "name": name.lower(), **given}
-            del config["exclude_from_weight_decay"]
+            del config["exclude_from_weight_decay"], config["decay"]
             return {**config, "learning_rate": _rate_to_config(config["learning_rate"])}
     raise TypeError(f"compat.keras3.to_config: {tx!r} was not made by {', '.join(_OPTIMIZERS)} of "
                     "this module; see lionax.to_config")

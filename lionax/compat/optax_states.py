@@ -22,7 +22,7 @@ _FIELDS = {"lion": ("mu",), "adam": ("mu", "nu"), "trace": ("trace",)}
 _COUNTERS = (optax.ScaleByLionState, optax.ScaleByAdamState, optax.ScaleByScheduleState)
 
 
-def from_optax(optax_state: Any, into: State, *, count: Any = None) -> State:
+def from_optax(optax_state: Any, into: Any, *, count: Any = None) -> Any:
     """The state in which lionax goes on with a run of Optax.
 
     Args:
@@ -47,6 +47,8 @@ def from_optax(optax_state: Any, into: State, *, count: Any = None) -> State:
     1
     """
     owner = "compat.from_optax"
+    if isinstance(into, optax.EmptyState):
+        return into
     if not isinstance(into, State):
         raise TypeError(f"{owner}: into is a {type(into).__name__}, not a lionax State; give "
                         "tx.init(params)")
