@@ -7,12 +7,14 @@ from lionax import compat as compat
 from lionax.compiler import compiler_options
 from lionax.config import from_config, register_rule, register_schedule, to_config
 from lionax.core.hyperparameters import Scalar, get_hyperparams, inject, scalar, set_hyperparams
+from lionax.core.masks import labels, matching, not_matching
 from lionax.core.rule import Rule, Step
 from lionax.core.storage import zero_slot
 from lionax.core.transformation import Transformation, apply_updates
-from lionax.core.tree import matching, not_matching, paths
+from lionax.core.tree import paths
 from lionax.monitoring import plan
-from lionax.optimizers import lamb, lion, sgd
+from lionax.optimizers import adam, adamw, lamb, lion, sgd
+from lionax.resume import cast_state
 from lionax.transforms.accumulation import accumulate
 from lionax.transforms.adaptive import scale_by_adam, scale_by_trust_ratio
 from lionax.transforms.averaging import averaged_params, params_ema
@@ -25,7 +27,7 @@ from lionax.transforms.combining import (
     partition,
     set_to_zero,
 )
-from lionax.transforms.conditional import dynamic_loss_scale, skip_nonfinite, unscale
+from lionax.transforms.conditional import dynamic_loss_scale, skip_if, skip_nonfinite, unscale
 from lionax.transforms.decay import add_decayed_weights
 from lionax.transforms.momentum import ema, trace
 from lionax.transforms.scaling import scale, scale_by_learning_rate, scale_by_schedule
@@ -39,9 +41,12 @@ __all__ = [
     "Step",
     "Transformation",
     "accumulate",
+    "adam",
+    "adamw",
     "add_decayed_weights",
     "apply_updates",
     "averaged_params",
+    "cast_state",
     "chain",
     "clip",
     "clip_by_global_norm",
@@ -53,6 +58,7 @@ __all__ = [
     "get_hyperparams",
     "identity",
     "inject",
+    "labels",
     "lamb",
     "lion",
     "masked",
@@ -75,6 +81,7 @@ __all__ = [
     "set_hyperparams",
     "set_to_zero",
     "sgd",
+    "skip_if",
     "skip_nonfinite",
     "to_config",
     "trace",

