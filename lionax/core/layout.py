@@ -71,8 +71,8 @@ class Layout:
         try:
             pairs = list(zip(self.parts, self.definition.unpack(state), strict=True))
         except (TypeError, KeyError, ValueError):
-            raise StateError(f"the state does not fit {self.definition}: it was made by another "
-                             "transformation") from None
+            raise StateError(f"{self.definition.name}: the state does not fit; it was made by "
+                             "another transformation") from None
         return [inner for part, own in pairs for inner in part.unpack(own)]
 
     def pack(self, states: Iterator[Any]) -> Any:

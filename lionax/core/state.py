@@ -68,9 +68,10 @@ def first_difference(state: Any, definition: Definition, params: Any) -> str:
     like = jax.eval_shape(lambda tree: init_state(definition, tree), params)
     given, expected = ([f"{jax.tree_util.keystr(keys)} of shape {jnp.shape(leaf)}" for keys, leaf in
                         jax.tree_util.tree_flatten_with_path(tree)[0]] for tree in (state, like))
-    ours, theirs = next(((a, b) for a, b in itertools.zip_longest(given, expected, fillvalue="none")
-                         if a != b), ("other containers", "its own"))
-    return (f"The first difference is {ours}, where the transformation has {theirs}. "
+    pairs = itertools.zip_longest(given, expected, fillvalue="nothing")
+    ours, theirs = next((pair for pair in pairs if pair[0] != pair[1]),
+                        ("other containers", "its own"))
+    return (f"The first difference: the state has {ours}, the transformation {theirs}. "
             "lionax.cast_state(state, tx.init(params)) moves what both have")
 
 
