@@ -1,8 +1,6 @@
 """``python -m lionax``."""
 
-import sys
-
-from lionax.demo.command import main
+from lionax.demo.command import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -1,11 +1,12 @@
 """The command line: ``lionax demo``."""
 
 import argparse
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
 
-__all__ = ["main"]
+__all__ = ["main", "run"]
 
 INTERRUPTED = 130  # the exit status of a command that was stopped by Ctrl-C
 CHOICES = ("lion", "lamb", "sgd", "adamw")
@@ -53,6 +54,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return INTERRUPTED
+
+
+def run() -> None:
+    """Runs the command line and ends the process."""
+    status = main()
+    if status == INTERRUPTED:
+        # Python's own end may crash (jaxlib 0.10.2) if the interrupt came while JAX compiled.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _run(options: argparse.Namespace) -> int:
