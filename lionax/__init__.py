@@ -12,7 +12,7 @@ from lionax.core.rule import Rule, Step
 from lionax.core.storage import zero_slot
 from lionax.core.transformation import Transformation, apply_updates
 from lionax.core.tree import paths
-from lionax.monitoring import plan
+from lionax.monitoring import plan, summary
 from lionax.optimizers import adam, adamw, lamb, lion, sgd
 from lionax.resume import cast_state
 from lionax.transforms.accumulation import accumulate
@@ -29,6 +29,7 @@ from lionax.transforms.combining import (
 )
 from lionax.transforms.conditional import dynamic_loss_scale, skip_if, skip_nonfinite, unscale
 from lionax.transforms.decay import add_decayed_weights
+from lionax.transforms.measuring import metrics, monitor
 from lionax.transforms.momentum import ema, trace
 from lionax.transforms.scaling import scale, scale_by_learning_rate, scale_by_schedule
 from lionax.transforms.sign_momentum import scale_by_lion
@@ -63,6 +64,8 @@ __all__ = [
     "lion",
     "masked",
     "matching",
+    "metrics",
+    "monitor",
     "named_chain",
     "not_matching",
     "params_ema",
@@ -83,6 +86,7 @@ __all__ = [
     "sgd",
     "skip_if",
     "skip_nonfinite",
+    "summary",
     "to_config",
     "trace",
     "unscale",

@@ -1,4 +1,4 @@
-"""What a transformation costs, asked of the compiler before it runs."""
+"""What a transformation costs and does, before it runs: `plan` and `summary`."""
 
 import dataclasses
 import math
@@ -7,17 +7,21 @@ from typing import Any
 import jax
 
 from lionax.compiler import compiler_options
+from lionax.core.inspection import contents_by_leaf
+from lionax.core.definition import Conditional
 from lionax.core.layout import Layout, sweeps
+from lionax.core.rule import Definition
+from lionax.core.table import Shown, Table, in_bytes
 from lionax.core.transformation import Transformation
 from lionax.core.tree import Leaves
 
-__all__ = ["Plan", "plan"]
+__all__ = ["LeafSummary", "Plan", "Summary", "plan", "summary"]
 
 _COSTS = ("bytes accessed", "bytes accessedout{}", "flops")  # as XLA calls them
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(Shown):
     """How a transformation runs over a parameter tree; made by `plan`. It prints as a table.
 
     All but sweeps, parameters and state are the compiler's count; None where it does not tell.
@@ -32,15 +36,16 @@ class Plan:
     temporary_bytes: int | None  # held beside parameters, state and gradients
     flops: int | None  # floating-point operations
 
-    def __str__(self) -> str:
-        rows = [(f"sweep {i}", ", ".join(names)) for i, names in enumerate(self.sweeps, 1)]
+    def table(self) -> Table:
+        """Rows of what is known."""
+        rows = [(f"sweep {i}", ", ".join(names), "") for i, names in enumerate(self.sweeps, 1)]
         for field in dataclasses.fields(self)[2:]:
             value, name = getattr(self, field.name), field.name.removesuffix("_bytes")
             if value is not None:
                 unit = "bytes" if name != field.name else "operations"
-                each = f"{value / self.parameters:10.2f} per parameter" if self.parameters else ""
-                rows.append((name, f"{value:>18,} {unit:<10}{each}".rstrip()))
-        return "\n".join(f"{name:<10}{text}" for name, text in rows)
+                each = f"{value / self.parameters:.2f} per parameter" if self.parameters else ""
+                rows.append((name, f"{value:,} {unit}", each))
+        return Table((), rows)
 
 
 def plan(tx: Transformation, params: Any) -> Plan:
@@ -66,12 +71,7 @@ def plan(tx: Transformation, params: Any) -> Plan:
     >>> round(plan.state_bytes / plan.parameters, 2)
     4.0
     """
-    if not isinstance(tx, Transformation):
-        raise TypeError(f"plan: {tx!r} is not a lionax transformation; wrap an Optax one in "
-                        "lionax.chain(...)")
-    leaves = Leaves.of(params, params)
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
-                          leaves.treedef.unflatten(leaves.values))
+    leaves, shapes = _shapes(tx, params, "plan")
     state = jax.eval_shape(tx.init, shapes)
     step = jax.jit(tx.step, donate_argnums=(0, 1), compiler_options=compiler_options())
     program = step.lower(shapes, state, shapes).compile()
@@ -87,3 +87,106 @@ def plan(tx: Transformation, params: Any) -> Plan:
         aliased_bytes=getattr(memory, "alias_size_in_bytes", None),
         temporary_bytes=getattr(memory, "temp_size_in_bytes", None),
         flops=None if flops is None else int(flops))
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafSummary:
+    """A row of a `Summary`."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    rules: tuple[str, ...]  # that act on the leaf; a conditional before those inside of it
+    state: tuple[str, ...]  # its arrays in the state: ``mu float32``
+    state_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary(Shown):
+    """Which rules act on which leaf, and what is kept of it; made by `summary`."""
+
+    leaves: tuple[LeafSummary, ...]
+    parameters: int  # number of elements
+    parameter_bytes: int
+    state_bytes: int  # of all arrays in the state, also those that belong to no leaf
+
+    def table(self) -> Table:
+        """A row for each leaf. Rules that act on all stand above."""
+        everywhere = [name for name in (self.leaves[0].rules if self.leaves else ())
+                      if all(name in leaf.rules for leaf in self.leaves)]
+        rows = [(leaf.path or "(the array)", str(leaf.shape).replace(" ", ""), leaf.dtype,
+                 ", ".join(name for name in leaf.rules if name not in everywhere) or "–",
+                 ", ".join(leaf.state) or "–", in_bytes(leaf.state_bytes)) for leaf in self.leaves]
+        own = self.state_bytes - sum(leaf.state_bytes for leaf in self.leaves)
+        each = f"{self.state_bytes / self.parameters:.2f}" if self.parameters else "–"
+        return Table(
+            ("leaf", "shape", "dtype", "further rules", "state", "bytes"), rows,
+            [f"on every leaf: {', '.join(everywhere) or 'nothing'}"],
+            [f"leaves: {len(self.leaves)}; parameters: {self.parameters:,}, "
+             f"{in_bytes(self.parameter_bytes)}",
+             f"state: {in_bytes(self.state_bytes)}, {each} bytes per parameter; of no leaf: "
+             f"{in_bytes(own)}"])
+
+
+def summary(tx: Transformation, params: Any) -> Summary:
+    """A table of leaves: path, shape, dtype, the rules that act, the arrays of the state.
+
+    ``print`` shows it as text, a notebook as HTML, ``rich.print`` as rich's table.
+
+    Args:
+      tx: a lionax transformation.
+      params: the parameters or their shapes (``jax.eval_shape``); nothing is allocated or run.
+
+    Raises:
+      TypeError: if ``tx`` is not lionax's.
+
+    >>> import jax.numpy as jnp, lionax
+    >>> tx = lionax.lion(1e-3, mask=lionax.not_matching("bias"))
+    >>> print(lionax.summary(tx, {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}))
+    on every leaf: scale_by_lion, scale_by_learning_rate
+    leaf    shape  dtype    further rules        state       bytes
+    ------  -----  -------  -------------------  ----------  -----
+    bias    (3,)   float32  –                    mu float32  12 B
+    kernel  (2,3)  float32  add_decayed_weights  mu float32  24 B
+    leaves: 2; parameters: 9, 36 B
+    state: 48 B, 5.33 bytes per parameter; of no leaf: 12 B
+    """
+    leaves, shapes = _shapes(tx, params, "summary")
+    state = jax.eval_shape(tx.init, shapes)
+    kept, acting = contents_by_leaf(state, leaves), _acting(tx.definition, leaves)
+    rows = tuple(
+        LeafSummary(path, value.shape, value.dtype.name, tuple(names),
+                    tuple(f"{field} {array.dtype.name}" for field, array in arrays),
+                    sum(_bytes(array) for _, array in arrays))
+        for path, value, names, arrays, here in zip(
+            leaves.paths, leaves.values, acting, kept, leaves.present, strict=True) if here)
+    arrays = jax.tree.leaves(shapes)
+    return Summary(rows, sum(math.prod(array.shape) for array in arrays),
+                   sum(map(_bytes, arrays)), sum(map(_bytes, jax.tree.leaves(state))))
+
+
+def _acting(definition: Definition, leaves: Leaves) -> list[list[str]]:
+    """The names of the rules that act on each leaf."""
+    names: list[list[str]] = [[] for _ in leaves.values]
+    for stage in Layout.of(definition, leaves).stages:
+        inside: list[list[str]] = [[] for _ in leaves.values]
+        if isinstance(stage.rule, Conditional):
+            tree = leaves.tree(leaves.values, stage.active)
+            inside = _acting(stage.rule.inner, Leaves.of(tree, tree))
+        for leaf, is_active in enumerate(stage.active):
+            names[leaf] += [stage.rule.name, *inside[leaf]] if is_active else []
+    return names
+
+
+def _bytes(array: Any) -> int:
+    return math.prod(array.shape) * array.dtype.itemsize
+
+
+def _shapes(tx: Any, params: Any, owner: str) -> tuple[Leaves, Any]:
+    """The leaves of the parameters, and their tree as shapes."""
+    if not isinstance(tx, Transformation):
+        raise TypeError(f"{owner}: {tx!r} is not a lionax transformation; wrap an Optax one in "
+                        "lionax.chain(...)")
+    leaves = Leaves.of(params, params)
+    return leaves, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
+                                leaves.treedef.unflatten(leaves.values))

@@ -2,14 +2,14 @@
 
 import logging
 from collections import Counter, defaultdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import DictKey, SequenceKey
 
 from lionax.core import storage
+from lionax.core.inspection import HeldArray, contents
 from lionax.core.state import State
 
 __all__ = ["cast_state"]
@@ -18,14 +18,6 @@ _logger = logging.getLogger("lionax")
 
 Where = tuple[Any, ...]
 """The keys that lead to a node of a state."""
-
-
-class _Array(NamedTuple):
-    """An array of a state, and what it is whatever stands around it."""
-
-    scope: Where  # of the nearest State above
-    slot: tuple[str, str, str]  # class of the rule's state, field, path of the parameter
-    leaf: Any  # the array
 
 
 def cast_state(state: Any, like: Any, strict: bool = False) -> Any:
@@ -64,7 +56,7 @@ def cast_state(state: Any, like: Any, strict: bool = False) -> Any:
                 tree, is_leaf=lambda node: isinstance(node, State))) and jax.tree.leaves(tree):
             raise TypeError(f"cast_state: {name} holds no state of lionax; for a run of Optax, see "
                             "lionax.compat.from_optax")
-    old, new = _arrays(state), _arrays(like)
+    old, new = contents(state), contents(like)
     scopes = _matching_scopes(old, new)
     taken, used, gone = {}, set(), old
     for key_of in (_key, _short_key):
@@ -90,33 +82,12 @@ def cast_state(state: Any, like: Any, strict: bool = False) -> Any:
                               [taken.get(i, array.leaf) for i, array in enumerate(new)])
 
 
-def _arrays(state: Any) -> list[_Array]:
-    pairs, _ = jax.tree_util.tree_flatten_with_path(state)
-    return [_array(state, keys, leaf) for keys, leaf in pairs]
-
-
-def _array(state: Any, keys: Where, leaf: Any) -> _Array:
-    """Goes down chains, groups and conditionals to the state of a rule."""
-    node, scope = state, ()
-    for depth, key in enumerate(keys):
-        name, rest = getattr(key, "name", ""), keys[depth + 1:]
-        if isinstance(node, State):
-            scope = keys[:depth]
-        is_way = name == ("rules" if isinstance(node, State) else "inner")
-        if not (is_way or isinstance(key, DictKey | SequenceKey)):
-            path = jax.tree_util.keystr(rest, simple=True, separator="/")
-            return _Array(scope, (type(node).__name__, name, path), leaf)
-        node = getattr(node, name) if is_way else node[key.key if isinstance(key, DictKey) else
-                                                       key.idx]
-    return _Array(scope, ("", "", jax.tree_util.keystr(keys)), leaf)
-
-
-def _key(array: _Array, scope: Where | None) -> Any:
+def _key(array: HeldArray, scope: Where | None) -> Any:
     """What must be equal: for slots their rule and path, for counts and values also the State."""
     return array.slot if array.slot[0] != "State" else (scope, *array.slot)
 
 
-def _short_key(array: _Array, scope: Where | None) -> Any:
+def _short_key(array: HeldArray, scope: Where | None) -> Any:
     """The same, but a hyperparameter's name is taken without its group."""
     kind, field, path = array.slot
     short = path.partition("/")[0], path.rpartition("/")[2]
@@ -124,7 +95,7 @@ def _short_key(array: _Array, scope: Where | None) -> Any:
                 scope)
 
 
-def _matching_scopes(old: list[_Array], new: list[_Array]) -> dict[Where, Where]:
+def _matching_scopes(old: list[HeldArray], new: list[HeldArray]) -> dict[Where, Where]:
     """For each State of the new tree, the State of the old one with most in common."""
     ours, theirs = _contents(new), _contents(old)
     best = {scope: max(theirs, key=lambda other: len(mine & theirs[other]), default=())
@@ -134,7 +105,7 @@ def _matching_scopes(old: list[_Array], new: list[_Array]) -> dict[Where, Where]
             if is_only or (theirs and ours[scope] & theirs[other])}
 
 
-def _contents(arrays: list[_Array]) -> dict[Where, set[tuple[str, str]]]:
+def _contents(arrays: list[HeldArray]) -> dict[Where, set[tuple[str, str]]]:
     """For each State, the rules and hyperparameters in it."""
     contents = defaultdict(set)
     for array in arrays:
@@ -145,7 +116,7 @@ def _contents(arrays: list[_Array]) -> dict[Where, set[tuple[str, str]]]:
     return contents
 
 
-def _in_place_of(old: _Array, new: _Array) -> Any:
+def _in_place_of(old: HeldArray, new: HeldArray) -> Any:
     if jnp.shape(old.leaf) != jnp.shape(new.leaf):
         raise ValueError(f"cast_state: {'.'.join(new.slot[:2])} of {new.slot[2]!r} has shape "
                          f"{jnp.shape(old.leaf)}, in `like` {jnp.shape(new.leaf)}")

@@ -191,7 +191,7 @@ def test_occurrences_are_numbered():
     names = lambda *txs: set(lionax.get_hyperparams(lionax.chain(*txs).init(PARAMS)))
     two = names(lionax.sgd(0.1), lionax.sgd(0.2))
     assert two == {
-        "scale_by_learning_rate/learning_rate_0", "scale_by_learning_rate/learning_rate_1"
+        "scale_by_learning_rate/0/learning_rate", "scale_by_learning_rate/1/learning_rate"
     }
     assert names(lionax.clip(1.0), lionax.sgd(0.1), lionax.sgd(0.2)) == two
 

@@ -1,11 +1,15 @@
-"""The plan of a run, which is the compiler's own count."""
+"""Plans, which are the compiler's own count, and summaries."""
+
+import io
 
 import cases
 import jax
 import jax.numpy as jnp
 import pytest
+import rich.console
 
 import lionax
+from lionax.core.table import in_bytes
 
 PARAMS = {"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(4)}
 LION = ("scale_by_lion", "add_decayed_weights", "scale_by_learning_rate")
@@ -74,7 +78,7 @@ def test_conditionals_and_parts_of_optax_have_a_plan():
 def test_prints_as_a_table():
     lines = str(lionax.plan(lionax.sgd(0.1), PARAMS)).splitlines()
     names = ["sweep 1", "state", "read", "written", "aliased", "temporary", "flops"]
-    assert [line[:10].strip() for line in lines] == names
+    assert [line[:9].strip() for line in lines] == names
     assert lines[1].split() == ["state", "12", "bytes", "0.75", "per", "parameter"]
     assert "per parameter" not in str(lionax.plan(lionax.sgd(0.1), {}))
 
@@ -83,3 +87,52 @@ def test_cases_have_plans():
     for case in ("named_chain", "partition", "skip_nonfinite", "chain_foreign"):
         with jax.numpy_dtype_promotion("standard"):
             assert lionax.plan(cases.CASES[case].make(), cases.TREES["nested"]()).written_bytes
+
+
+def test_summary_has_a_row_for_each_leaf_with_masks_resolved():
+    tx = lionax.accumulate(lionax.chain(
+        lionax.clip_by_global_norm(1.0),
+        lionax.lion(1e-3, mask=lionax.not_matching("bias"), mu_dtype="bfloat16")), 4)
+    summary = lionax.summary(tx, jax.eval_shape(lambda: PARAMS))
+    bias, kernel = summary.leaves
+    assert (bias.path, bias.shape, bias.dtype) == ("bias", (4,), "float32")
+    assert bias.rules == ("accumulate", "clip_by_global_norm", "scale_by_lion",
+                          "scale_by_learning_rate")
+    assert set(kernel.rules) - set(bias.rules) == {"add_decayed_weights"}
+    assert "mu bfloat16" in kernel.state
+    assert kernel.state_bytes == 12 * (4 + 2) + 4  # the sum, the momentum, whether the sum is live
+    state = tx.init(PARAMS)
+    assert summary.state_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    text = str(summary)
+    assert "on every leaf: accumulate, clip_by_global_norm, scale_by_lion" in text
+    (row,) = [line for line in text.splitlines() if line.startswith("kernel")]
+    assert "add_decayed_weights" in row
+
+
+@pytest.mark.parametrize("case", cases.CASES)
+def test_every_summary_counts_all_bytes_and_every_state_has_a_short_repr(case):
+    tx, params = cases.CASES[case].make(), {f"{i}": jnp.ones((2, 3)) for i in range(40)}
+    state, summary = tx.init(params), lionax.summary(tx, params)
+    assert summary.state_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert sum(leaf.state_bytes for leaf in summary.leaves) <= summary.state_bytes
+    assert len(repr(state)) < 1500
+    jax.eval_shape(lambda state: repr(state) and state, state)  # tracers have no values
+
+
+def test_plans_summaries_and_states_are_tables_in_a_notebook_and_in_rich():
+    tx = lionax.lion(1e-3)
+    for shown in (lionax.plan(tx, PARAMS), lionax.summary(tx, PARAMS)):
+        assert "<table>" in shown._repr_html_()
+        console = rich.console.Console(width=120, record=True, file=io.StringIO())
+        console.print(shown)
+        text = console.export_text()
+        assert "float32" in text or "per parameter" in text
+    assert "ScaleByLionState" in tx.init(PARAMS)._repr_html_()
+    masked = lionax.summary(tx, {"<b>": jnp.ones(2)})
+    assert "&lt;b&gt;" in masked._repr_html_()
+
+
+@pytest.mark.parametrize(("number", "text"), [
+    (0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (392_500_000, "392.5 MB"), (7e15, "7000.0 TB")])
+def test_bytes_have_a_unit(number, text):
+    assert in_bytes(number) == text

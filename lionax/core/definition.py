@@ -89,12 +89,13 @@ class Conditional(TreeWide):
     inner: Definition
     sums = True  # whether `accepts` sums over all leaves
     arguments: ClassVar[tuple[str, ...]] = ()  # the extra arguments that it takes from its caller
+    inner_gradients: ClassVar[str] = ""  # what `inner_updates` are, as the prefix of a metric
 
     @property
     def takes(self) -> Collection[str]:
         return self.arguments
 
-    def open(self, updates: Any, state: Any,
+    def open(self, updates: Any, state: Any, params: Any,
              extra: Mapping[str, Any]) -> tuple[Any, Any]:
         """The state with these updates taken in, and whether the call is due."""
         return state, True

@@ -35,7 +35,7 @@ from lionax.core.state import (
 from lionax.core.tree import Leaves, check_structures, is_placeholder
 from lionax.core.varying import varying_like_result
 
-__all__ = ["step", "update"]
+__all__ = ["Run", "branch", "step", "transform", "update"]
 
 
 def update(definition: Definition, grads: Any, state: State, params: Any,
@@ -214,12 +214,11 @@ class Run:
         """Runs a conditional, which changes the updates or, with `writes`, the parameters."""
         rule = stage.rule
         extra = {name: value for name, value in self.extra.items() if name not in rule.arguments}
-        own = {name: value for name, value in self.extra.items() if name in rule.arguments}
         params = None if self.params is None else self.params.tree(self.param, stage.active)
         arrived = self.grads.tree(self.updates, stage.active)
         if rule.sums:
             self.grads.check_devices(self.updates, stage.active, rule.name)
-        state, due = rule.open(arrived, self.slots[stage.index], own)
+        state, due = rule.open(arrived, self.slots[stage.index], params, self.extra)
 
         def inner_step(carry, inner):
             updates = jax.tree.map(_loaded, rule.inner_updates(arrived, state))
@@ -229,12 +228,12 @@ class Run:
 
         def due_call(carry, inner, _):
             accepted = rule.accepts(arrived, state, params, extra)
-            return *_branch(accepted, inner_step, carry, inner), accepted
+            return *branch(accepted, inner_step, carry, inner), accepted
 
         carry = params if writes else jax.tree.map(lambda u: jnp.zeros_like(_loaded(u)), arrived)
-        carry, inner, accepted = _branch(due, due_call, carry, state.inner, jnp.zeros((), bool))
+        carry, inner, accepted = branch(due, due_call, carry, state.inner, jnp.zeros((), bool))
         state = rule.close(arrived, state, due, accepted)._replace(inner=inner)
-        (carry,) = _branch(rule.poisons(state), lambda x: (jax.tree.map(_nan_like, x),), carry)
+        (carry,) = branch(rule.poisons(state), lambda x: (jax.tree.map(_nan_like, x),), carry)
         self.slots[stage.index] = state
         if not writes:
             self.updates = self._replaced(self.updates, stage, carry)
@@ -245,7 +244,7 @@ class Run:
         self.param = self._replaced(self.param, stage, carry)
 
 
-def _branch(predicate: Any, function: Callable[..., Any], *carry: Any) -> Any:
+def branch(predicate: Any, function: Callable[..., Any], *carry: Any) -> Any:
     """What the function makes of the carry where the predicate holds, else the carry."""
     if isinstance(predicate, Tracer):
         carry = varying_like_result(function, carry)

@@ -7,6 +7,7 @@ Optax's) or ``inject(value)``. None of these ever changes a dtype.
 import dataclasses
 import functools
 import inspect
+import itertools
 import math
 import sys
 from collections import Counter
@@ -16,12 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.tree_util import DictKey
+from jax.tree_util import DictKey, GetAttrKey
 
 from lionax.core import storage
 
 __all__ = ["Held", "Hyperparameters", "Injected", "Interval", "Scalar", "check_count",
-           "check_scalar", "flag", "get_hyperparams", "inject", "named", "register_with_flax",
+           "check_scalar", "flag", "get_hyperparams", "inject", "named",
+           "names_in_state", "register_with_flax",
            "scalar", "set_hyperparams", "value_at"]
 
 Scalar = Any
@@ -226,9 +228,23 @@ def _found(state: Any) -> dict[tuple[Any, str], str]:
     """The name of every hyperparameter of a state, by its node's key path and its name there."""
     pairs, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_node)
     held = [(keys, name) for keys, node in pairs if _is_node(node) for name in node.values]
-    times = Counter(name for _, name in held)
-    return {(keys, name): name if times[name] == 1 else jax.tree_util.keystr(
-        (*keys, DictKey(name)), simple=True, separator="/") for keys, name in held}
+    return dict(zip(held, names_in_state(held), strict=True))
+
+
+def names_in_state(held: list[tuple[Any, str]]) -> list[str]:
+    """A name for each (keys, name): qualified by its groups, and where that is not enough by all.
+
+    Groups are the dict keys below a field of a state: labels, and names in a chain.
+    """
+    short = []
+    for keys, name in held:
+        below = itertools.dropwhile(lambda key: not isinstance(key, GetAttrKey), keys)
+        groups = [str(key.key) for key in below if isinstance(key, DictKey)]
+        short.append("/".join((*groups, name)))
+    times = Counter(short)
+    return [name if times[name] == 1 else
+            jax.tree_util.keystr((*keys, DictKey(own)), simple=True, separator="/")
+            for name, (keys, own) in zip(short, held, strict=True)]
 
 
 def get_hyperparams(state: Any) -> dict[str, jax.Array]:

@@ -15,7 +15,8 @@ from jax import lax
 from lionax.core.storage import compute_dtype, is_complex
 from lionax.core.varying import varying_axes
 
-__all__ = ["all_finite", "in_three_sums", "in_two_branches", "joint_norm", "norm_of_each"]
+__all__ = ["all_finite", "fused_norms", "in_three_sums", "in_two_branches", "joint_norm",
+           "norm_of_each", "total"]
 
 Groups = tuple[tuple[jax.Array, ...], ...]
 
@@ -29,6 +30,14 @@ def joint_norm(arrays: Sequence[jax.Array]) -> jax.Array:
     finite norm above the largest number is that number, so that no gradient is scaled to 0.
     """
     return _norms((_real_parts(arrays),))[0]
+
+
+def fused_norms(groups: Sequence[Sequence[jax.Array]]) -> tuple[jax.Array, ...]:
+    """The norm of each group, without a branch for which arrays are kept, and no derivative."""
+    parts = lax.stop_gradient(tuple(map(_real_parts, groups)))
+    if compute_dtype(*jax.tree.leaves(parts)) == jnp.float64:
+        return in_three_sums(parts)
+    return lax.platform_dependent(parts, cpu=in_float64, default=in_three_sums)
 
 
 def norm_of_each(arrays: Sequence[jax.Array],
@@ -50,7 +59,7 @@ def _norm_of_rows(array: jax.Array, batch_axes: Sequence[int]) -> jax.Array:
 def all_finite(arrays: Sequence[jax.Array]) -> jax.Array:
     """Whether every element is finite: a bool scalar, the same on every device."""
     # x - x is 0 or NaN. XLA on the CPU would keep what `isfinite` makes, before it is summed.
-    return _total([jnp.isnan(jnp.sum(x - x)).astype(jnp.float32) for x in arrays]) == 0
+    return total([jnp.isnan(jnp.sum(x - x)).astype(jnp.float32) for x in arrays]) == 0
 
 
 def _real_parts(arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
@@ -79,7 +88,7 @@ def _slope(norm, arrays, directions):
     length = jnp.where(norm == 0, jnp.ones_like(norm), norm)
     x_dx = [(x.astype(norm.dtype) / length, dx.astype(norm.dtype))
             for x, dx in zip(arrays, directions, strict=True)]
-    return _total([jnp.sum(x * dx) for x, dx in x_dx], norm.dtype)
+    return total([jnp.sum(x * dx) for x, dx in x_dx], norm.dtype)
 
 
 def in_two_branches(groups: Groups) -> tuple[jax.Array, ...]:
@@ -90,12 +99,13 @@ def in_two_branches(groups: Groups) -> tuple[jax.Array, ...]:
     in_range = functools.reduce(jnp.logical_and, [_scale_for(x) == 1 for x in plain],
                                 jnp.bool_(True))
 
-    def wide(groups):
-        with jax.enable_x64(True):
-            return tuple(
-                _rounded(jnp.sqrt(_sum_of_squares(group, jnp.float64))) for group in groups)
+    return lax.cond(in_range, lambda groups: tuple(map(jnp.sqrt, plain)), in_float64, groups)
 
-    return lax.cond(in_range, lambda groups: tuple(map(jnp.sqrt, plain)), wide, groups)
+
+def in_float64(groups: Groups) -> tuple[jax.Array, ...]:
+    """One sum for each group, in float64."""
+    with jax.enable_x64(True):
+        return tuple(_rounded(jnp.sqrt(_sum_of_squares(group, jnp.float64))) for group in groups)
 
 
 def in_three_sums(groups: Groups) -> tuple[jax.Array, ...]:
@@ -130,7 +140,7 @@ def _scale_for(plain: jax.Array) -> jax.Array:
 
 def _sum_of_squares(arrays: Sequence[jax.Array], dtype,
                     scaled: Callable = lambda x: x) -> jax.Array:
-    return _total([jnp.sum(jnp.square(scaled(x.astype(dtype)))) for x in arrays], dtype)
+    return total([jnp.sum(jnp.square(scaled(x.astype(dtype)))) for x in arrays], dtype)
 
 
 def _rounded(norm: jax.Array) -> jax.Array:
@@ -139,7 +149,7 @@ def _rounded(norm: jax.Array) -> jax.Array:
     return lax.select(lax.is_finite(norm), lax.min(norm, largest), norm).astype(jnp.float32)
 
 
-def _total(sums: Sequence[jax.Array], dtype=jnp.float32) -> jax.Array:
+def total(sums: Sequence[jax.Array], dtype=jnp.float32) -> jax.Array:
     """The sum over arrays and devices, with one collective for each set of mesh axes."""
     by_axes: dict[frozenset[str], list[jax.Array]] = {}
     for value in sums:

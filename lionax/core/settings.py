@@ -128,7 +128,8 @@ def _held_names(stages: Sequence[Stage],
     names = ["/".join((*stage.key, stage.rule.name, short)) if times[name] > 1 else name
              for name, short, (stage, *_) in zip(names, own, held, strict=True)]
     times = Counter(names)
-    numbered = [f"{name}_{names[:i].count(name)}" if times[name] > 1 else name
-                for i, name in enumerate(names)]
+    numbered = ["/".join((*stage.key, stage.rule.name, str(names[:i].count(name)), short))
+                if times[name] > 1 else name
+                for i, (name, short, (stage, *_)) in enumerate(zip(names, own, held, strict=True))]
     return {(stage.index, field): name
             for name, (stage, field, _) in zip(numbered, held, strict=True)}

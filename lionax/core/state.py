@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lionax.core.inspection import contents_table, described
 from lionax.core.definition import is_stateless
 from lionax.core.hyperparameters import Hyperparameters, register_with_flax
 from lionax.core.layout import Layout, Stage, StateError
@@ -31,6 +32,12 @@ class State(NamedTuple):
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  # int32 []: steps made
     hyperparameters: Hyperparameters  # learning rates, and what was injected
     rules: Any  # the slots
+
+    def __repr__(self) -> str:
+        return described(self)
+
+    def _repr_html_(self) -> str:
+        return contents_table(self).html()
 
 
 def init_state(definition: Definition, params: Any) -> Any:

@@ -1,12 +1,13 @@
 """Inside ``shard_map``: the mesh axes over which a value differs, which JAX keeps in its type."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.core import ShapedArray
 
-__all__ = ["varying_axes", "varying_like_result"]
+__all__ = ["number_of_elements", "varying_axes", "varying_like_result"]
 
 
 def varying_axes(x: Any) -> frozenset[str]:
@@ -14,6 +15,11 @@ def varying_axes(x: Any) -> frozenset[str]:
     aval = x if isinstance(x, ShapedArray) else jax.typeof(x)
     manual = getattr(aval, "manual_axis_type", None)
     return frozenset(manual.varying if manual is not None else getattr(aval, "vma", ()))
+
+
+def number_of_elements(x: jax.Array) -> int:
+    """The number of elements of an array on all devices."""
+    return math.prod([x.size, *map(jax.lax.axis_size, varying_axes(x))])
 
 
 def varying_like_result(function: Callable[..., Any], carry: Any) -> Any:

@@ -39,6 +39,7 @@ class Accumulate(Conditional):
     """The definition of `accumulate`."""
 
     arguments: ClassVar = ("weight", "flush")
+    inner_gradients: ClassVar = "accumulated_"
 
     inner: Definition
     every: int | Callable[[Any], Any]
@@ -56,7 +57,7 @@ class Accumulate(Conditional):
         return AccumulateState(calls, windows, jnp.zeros((), jnp.float32), live, sums, dropped,
                                init_state(self.inner, params))
 
-    def open(self, updates: Any, state: AccumulateState,
+    def open(self, updates: Any, state: AccumulateState, params: Any,
              extra: Mapping[str, Any]) -> tuple[AccumulateState, jax.Array]:
         every = value_at(self.every, state.windows, "accumulate")
         flush = extra.get("flush", False)

@@ -64,6 +64,8 @@ class SkipState(NamedTuple):
 class SkipIf(Conditional):
     """The definition of `skip_if`, and with no predicate of `skip_nonfinite`."""
 
+    inner_gradients: ClassVar = "accepted_"
+
     inner: Definition
     max_consecutive: int | None
     predicate: Callable[..., Any] | None = None  # None: whether an element is not finite
@@ -169,6 +171,8 @@ class DynamicLossScaleState(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class DynamicLossScale(Conditional):
     """The definition of `dynamic_loss_scale`."""
+
+    inner_gradients: ClassVar = "unscaled_"
 
     inner: Definition
     initial_scale: float

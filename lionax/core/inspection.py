@@ -1,0 +1,77 @@
+"""What a state holds: its arrays by rule, field and leaf."""
+
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import DictKey, SequenceKey
+
+from lionax.core.table import Table, in_bytes
+from lionax.core.tree import Keys, Leaves, is_placeholder, keyed_leaves
+
+__all__ = ["HeldArray", "contents", "contents_by_leaf", "contents_table", "described"]
+
+LONGEST = 1400  # characters of a description
+
+
+class HeldArray(NamedTuple):
+    """An array of a state, and what it is whatever stands around it."""
+
+    scope: Any  # keys of the nearest State above
+    slot: tuple[str, str, str]  # class of the rule's state, field, path of the parameter
+    leaf: Any  # the array
+
+
+def contents(state: Any) -> list[HeldArray]:
+    """The arrays of a state, in the order of ``jax.tree.leaves``."""
+    pairs, _ = jax.tree_util.tree_flatten_with_path(state)
+    names, values, _ = keyed_leaves(state)
+    present = [name for name, value in zip(names, values, strict=True) if not is_placeholder(value)]
+    return [_held(state, keys, name, leaf)
+            for (keys, leaf), name in zip(pairs, present, strict=True)]
+
+
+def _held(state: Any, keys: Any, names: Keys, leaf: Any) -> HeldArray:
+    """Goes down chains, groups and conditionals to the state of a rule."""
+    node, scope = state, ()
+    for depth, key in enumerate(keys):
+        name, is_state = getattr(key, "name", ""), type(node).__name__ == "State"
+        if is_state:
+            scope = keys[:depth]
+        is_way = name == ("rules" if is_state else "inner")
+        if not (is_way or isinstance(key, DictKey | SequenceKey)):
+            return HeldArray(scope, (type(node).__name__, name, "/".join(names[depth + 1:])), leaf)
+        node = getattr(node, name) if is_way else node[key.key if isinstance(key, DictKey) else
+                                                       key.idx]
+    return HeldArray(scope, ("", "", jax.tree_util.keystr(keys)), leaf)
+
+
+def contents_by_leaf(state: Any, leaves: Leaves) -> list[list[tuple[str, Any]]]:
+    """For each leaf the fields that a state holds for it, and their arrays."""
+    found = defaultdict(list)
+    for held in contents(state):
+        if held.slot[0] != "State":
+            found[held.slot[2]].append((held.slot[1], held.leaf))
+    return [found[path] for path in leaves.paths]
+
+
+def contents_table(state: Any) -> Table:
+    """A row for each field of a rule."""
+    fields = defaultdict(list)
+    for held in contents(state):
+        fields[held.slot[:2]].append(held.leaf)
+    rows = []
+    for (kind, field), arrays in fields.items():
+        dtypes = ", ".join(sorted({jnp.dtype(array.dtype).name for array in arrays}))
+        size = sum(array.size * array.dtype.itemsize for array in arrays)
+        rows.append((kind, field, f"{len(arrays)} {dtypes}", in_bytes(size)))
+    return Table(("state", "field", "arrays", "bytes"), rows)
+
+
+def described(state: Any) -> str:
+    """The same in one paragraph."""
+    rows = (f"{kind}.{field}: {arrays}, {size}" for kind, field, arrays, size
+            in contents_table(state).rows)
+    text = f"State({'; '.join(rows)})"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ...)"
