@@ -7,8 +7,8 @@ from typing import Any
 import jax
 
 from lionax.compiler import compiler_options
-from lionax.core.inspection import contents_by_leaf
 from lionax.core.definition import Conditional
+from lionax.core.inspection import contents_by_leaf
 from lionax.core.layout import Layout, sweeps
 from lionax.core.rule import Definition
 from lionax.core.table import Shown, Table, in_bytes

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lionax.core.inspection import contents_table, described
 from lionax.core.definition import is_stateless
 from lionax.core.hyperparameters import Hyperparameters, register_with_flax
+from lionax.core.inspection import contents_table, described
 from lionax.core.layout import Layout, Stage, StateError
 from lionax.core.rule import Definition, Rule
 from lionax.core.settings import Settings
