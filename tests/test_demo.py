@@ -1,5 +1,6 @@
 """The main job, at a small size."""
 
+import dataclasses
 import os
 import re
 import signal
@@ -7,12 +8,15 @@ import subprocess
 import sys
 import time
 
+import chex
 import jax
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
+import lionax
 from lionax.demo import command, text, training
+from lionax.demo.checkpoints import Checkpoints
 
 ENVIRONMENT = {**os.environ, "XLA_FLAGS": "", "COLUMNS": "120"}
 
@@ -136,3 +140,57 @@ def test_the_model_learns_more_than_pairs(tmp_path):
     entropy = float(re.search(r"bigram entropy\) +│ +([\d.]+)", result.stdout).group(1))
     for name in ("lion", "adamw"):
         assert float(re.search(rf"│ {name} +│ +([\d.]+) ", result.stdout).group(1)) < entropy
+
+
+def test_the_optimizers_are_listed(capsys):
+    assert command.main(["demo", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(command.CHOICES)
+    assert "Optax's" in lines[-1]
+    assert str(training.best_rate("lion")) in lines[0]
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        command.main(["--version"])
+    assert capsys.readouterr().out == f"lionax {lionax.__version__}\n"
+
+
+def test_info(capsys):
+    assert command.main(["info"]) == 0
+    shown = capsys.readouterr().out
+    assert f"lionax {lionax.__version__}, Python " in shown
+    assert f"jax {jax.__version__}" in shown
+    assert f"devices: {jax.device_count()} × cpu" in shown
+    for name, value in lionax.compiler_options().items():
+        assert f"{name}={value}: taken" in shown
+    assert re.search(r"test: .*pytest \d", shown)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_stopped(tmp_path):
+    corpus, weights = text.load(), []
+    tx = training.optimizer("lion", 60)
+    for name, stops in (("whole", []), ("parts", [25, 50])):
+        for stop in [*stops, None]:
+            for run in training.train("lion", tx, corpus, 60, 0, tmp_path / name):
+                if run.steps[-1] == stop:
+                    break
+        _graph, params = training.initial(corpus, 0)
+        manager = Checkpoints(tmp_path / name, "lion", {"steps": 60, "seed": 0})
+        arrays, record = manager.latest((params, tx.init(params)))
+        weights.append(arrays)
+        assert record == dataclasses.asdict(run)
+        assert run.steps == [0, 25, 50, 60]
+    chex.assert_trees_all_equal(*weights)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_folder_with_another_run_is_refused(tmp_path):
+    arguments = ["demo", "--optimizers", "lion", "--out", str(tmp_path / "curves.png"), "--resume",
+                 str(tmp_path / "runs"), "--steps"]
+    assert command.main([*arguments, "3"]) == 0
+    with pytest.raises(SystemExit, match=r"holds a run with --steps 3 --seed 0; .* --steps 4"):
+        command.main([*arguments, "4"])

@@ -41,13 +41,12 @@ def placeholder(leaf: Any) -> Any:
 
 
 def _variables(tree: Any) -> set[tuple[Any, ...]]:
-    """Where a tree holds variables of Flax NNX, which wrap an array in a field ``value``."""
-    nnx = sys.modules.get("flax.nnx")
-    if nnx is None:
-        return set()
+    """Where a tree holds variables of Flax NNX or boxes of Linen: an array in a field ``value``."""
+    nnx, meta = sys.modules.get("flax.nnx"), sys.modules.get("flax.core.meta")
+    kinds = (*((nnx.Variable,) if nnx else ()), *((meta.AxisMetadata,) if meta else ()))
     pairs, _ = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda node: isinstance(node, nnx.Variable))
-    return {keys for keys, node in pairs if isinstance(node, nnx.Variable)}
+        tree, is_leaf=lambda node: isinstance(node, kinds))
+    return {keys for keys, node in pairs if isinstance(node, kinds)}
 
 
 def named_leaves(tree: Any) -> tuple[list[str], list[Any], Any]:

@@ -1,6 +1,7 @@
-"""The command line: ``lionax demo``."""
+"""The command line: ``lionax demo`` and ``lionax info``."""
 
 import argparse
+import importlib.metadata
 import os
 import pathlib
 import sys
@@ -30,7 +31,10 @@ def _positive(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     description = "Composable gradient transformations for JAX."
     parser = argparse.ArgumentParser(prog="lionax", description=description)
+    version = importlib.metadata.version("lionax")
+    parser.add_argument("--version", action="version", version=f"lionax {version}")
     commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="show versions, devices, compiler options and extras")
     demo = commands.add_parser("demo", help="train a small transformer with several optimizers",
                                description="Trains a small causal transformer on the text of "
                                            "Python's help topics, once with each optimizer, from "
@@ -44,6 +48,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
     demo.add_argument("--out", type=pathlib.Path, default=pathlib.Path("lionax-demo.png"),
                       help="where to save the curves, as a PNG")
+    demo.add_argument("--resume", type=pathlib.Path, metavar="DIR",
+                      help="save the runs in this folder, and go on with what is there")
+    demo.add_argument("--list", action="store_true",
+                      help="show the optimizers and their learning rates, and end")
     return parser
 
 
@@ -68,16 +76,45 @@ def run() -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.command == "info":
+        from lionax.demo.information import information
+
+        for line in information():
+            print(line)
+        return 0
     if not options.out.parent.is_dir():
         sys.exit(f"lionax demo: --out {options.out}: the folder {options.out.parent} does not "
                  "exist")
     try:
         import flax  # noqa: F401
         import matplotlib  # noqa: F401
+        import orbax.checkpoint  # noqa: F401
         import rich  # noqa: F401
     except ImportError as missing:
         sys.exit(f"lionax demo needs {missing.name}: pip install 'lionax[demo]'")
-    return _demo(options)
+    if options.list:
+        return _list()
+    try:
+        return _demo(options)
+    except ValueError as error:
+        if options.resume is None:
+            raise
+        sys.exit(f"lionax demo: --resume {options.resume}: {error}")
+
+
+def _list() -> int:
+    """Prints the optimizers that the demo knows."""
+    import optax
+
+    import lionax
+    from lionax.demo import training
+
+    for name, make in training.OPTIMIZERS.items():
+        peak = training.best_rate(name)
+        tx = make(optax.constant_schedule(peak))
+        kind = "lionax" if isinstance(tx, lionax.Transformation) else "Optax"
+        print(f"{name:<6} {kind}'s, with a peak learning rate of {peak}")
+    return 0
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -102,7 +139,8 @@ def _demo(options: argparse.Namespace) -> int:
         with Progress(*columns, console=console) as progress:
             tasks = {name: progress.add_task(name, total=options.steps, loss="") for name in txs}
             for name, tx in txs.items():
-                for run in training.train(name, tx, corpus, options.steps, options.seed):
+                for run in training.train(name, tx, corpus, options.steps, options.seed,
+                                          options.resume):
                     if run not in runs:
                         runs.append(run)
                     progress.update(tasks[name], completed=run.steps[-1],

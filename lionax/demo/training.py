@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import pathlib
 import time
 from collections.abc import Callable, Iterator
 from importlib import resources
@@ -15,12 +16,13 @@ import numpy as np
 import optax
 
 import lionax
+from lionax.demo.checkpoints import Checkpoints
 from lionax.demo.model import Transformer, bits_per_character
 from lionax.demo.text import Text
 
 __all__ = [
-    "BATCH", "LENGTH", "OPTIMIZERS", "Run", "initial", "optimizer", "optimizer_milliseconds",
-    "recorded_sweep", "train"
+    "BATCH", "LENGTH", "OPTIMIZERS", "Run", "best_rate", "initial", "optimizer",
+    "optimizer_milliseconds", "recorded_sweep", "train"
 ]
 
 LENGTH, BATCH = 64, 32
@@ -44,11 +46,15 @@ def recorded_sweep() -> dict[str, Any]:
     return json.loads(resources.files("lionax.demo").joinpath("sweep.json").read_text())
 
 
+def best_rate(name: str) -> float:
+    """The learning rate with which an optimizer reached most in the sweep."""
+    tried = recorded_sweep()["bits_per_character"][name]
+    return float(min(tried, key=tried.get))
+
+
 def optimizer(name: str, steps: int, peak: float | None = None) -> lionax.Transformation:
     """An optimizer with a warm-up to ``peak``, or the best rate of the sweep, and cosine decay."""
-    if peak is None:
-        tried = recorded_sweep()["bits_per_character"][name]
-        peak = float(min(tried, key=tried.get))
+    peak = best_rate(name) if peak is None else peak
     warm_up = max(1, round(WARM_UP * steps))
     rate = optax.warmup_cosine_decay_schedule(0.0, peak, warm_up, max(steps, warm_up + 1),
                                               0.05 * peak)
@@ -73,12 +79,23 @@ def initial(text: Text, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(model)
 
 
-def train(name: str, tx: lionax.Transformation, text: Text, steps: int, seed: int) -> Iterator[Run]:
-    """Trains; yields the growing record after every validation, so that a user may stop."""
+def train(name: str, tx: lionax.Transformation, text: Text, steps: int, seed: int,
+          folder: pathlib.Path | None = None) -> Iterator[Run]:
+    """Trains; yields the growing record after every validation, so that a user may stop.
+
+    With a folder it saves there before each yield, and goes on from what it finds there.
+    """
     graph, params = initial(text, seed)
     state = tx.init(params)
     run = Run(name, sum(leaf.size for leaf in jax.tree.leaves(params)),
               sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+    settings = {"steps": steps, "seed": seed}
+    checkpoints = None if folder is None else Checkpoints(folder, name, settings)
+    saved = checkpoints and checkpoints.latest((params, state))
+    if saved:
+        (params, state), record = saved
+        run = Run(**record)
+        yield run
 
     def loss(params, batch):
         return bits_per_character(nnx.merge(graph, params), batch)
@@ -96,12 +113,15 @@ def train(name: str, tx: lionax.Transformation, text: Text, steps: int, seed: in
     held_out = jnp.stack([
         text.batch(text.validation, BATCH, LENGTH, (seed, 1, i)) for i in range(EVALUATION_BATCHES)
     ])
-    for step in range(steps + 1):
-        if step % EVALUATE_EVERY == 0 or step == steps:
-            reached = float(validate(
-                params, held_out))  # may be interrupted, and then leaves the record whole
+    for step in range(run.steps[-1] if run.steps else 0, steps + 1):
+        is_due = step % EVALUATE_EVERY == 0 or step == steps
+        if is_due and step not in run.steps:
+            # An interrupt in here leaves the record whole.
+            reached = float(validate(params, held_out))
             run.steps.append(step)
             run.validation.append(reached)
+            if checkpoints:
+                checkpoints.save(step, (params, state), dataclasses.asdict(run))
             yield run
         if step < steps:
             params, state = train_step(params, state,
