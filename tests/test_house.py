@@ -31,7 +31,8 @@ ORDER = ["core.__init__", "core.tree", "core.masks", "core.storage", "core.varyi
          "compiler", "monitoring", "resume", "compat.keras_schedules", "compat.keras_parts",
          "compat.keras2", "compat.keras3", "compat.dtensor", "compat.tf_models", "compat.weights",
          "compat.optax_states", "compat.__init__", "config", "__init__", "frameworks.__init__",
-         "frameworks.contract", "frameworks.nnx", "frameworks.linen", "frameworks.equinox", "frameworks.keras",
+         "frameworks.contract", "frameworks.nnx_variables",
+         "frameworks.nnx", "frameworks.linen", "frameworks.equinox", "frameworks.keras",
          "demo.__init__",
          "demo.text", "demo.model", "demo.training", "demo.report", "demo.sweep", "demo.command",
          "__main__"]

@@ -154,8 +154,264 @@ def test_a_split_step_holds_no_temporary(mu_dtype):
     assert memory.alias_size_in_bytes > memory.output_size_in_bytes - 2 ** 12
 
 
-def test_what_the_optimizer_of_flax_costs():
-    """It makes the updates, casts them and adds them; in one compiled step all that is fused."""
-    ours, theirs = (compiled(c, lionax.lion(0.01)) for c in (Optimizer, nnx.Optimizer))
-    print(ours.temp_size_in_bytes, theirs.temp_size_in_bytes)
-    print(ours.peak_memory_in_bytes, theirs.peak_memory_in_bytes)
+@pytest.mark.parametrize(("make", "share"), [
+    pytest.param(lambda: lionax.lion(0.01), 0, id="lion"),
+    pytest.param(lambda: lionax.accumulate(lionax.lion(0.01), 2), 1, id="accumulate")])
+def test_what_the_optimizer_of_flax_costs(make, share):
+    """Updates in memory where a condition makes them; XLA fuses them away elsewhere."""
+    ours, theirs = compiled(Optimizer, make()), compiled(nnx.Optimizer, make())
+    assert ours.temp_size_in_bytes < 2 ** 12
+    assert 0 <= theirs.temp_size_in_bytes - share * 2 ** 22 < 2 ** 12
+    assert ours.peak_memory_in_bytes <= theirs.peak_memory_in_bytes
+
+
+def test_the_optimizer_of_flax_works_too():
+    model, twin = nnx.Linear(4, 1, rngs=nnx.Rngs(0)), nnx.Linear(4, 1, rngs=nnx.Rngs(0))
+    tx = lionax.lion(0.01)
+    for _ in range(2):
+        ours, theirs = Optimizer(model, tx, wrt=nnx.Param), nnx.Optimizer(twin, tx, wrt=nnx.Param)
+        train(model, ours)
+        train(twin, theirs)
+    cases.assert_close(params_of(model), params_of(twin))
+    cases.assert_close(arrays(nnx.state(ours)), arrays(nnx.state(theirs)))
+
+
+class Tied(nnx.Module):
+    def __init__(self, rngs):
+        self.embed = nnx.Linear(4, 4, use_bias=False, rngs=rngs)
+        self.out = nnx.Linear(4, 4, use_bias=False, rngs=rngs)
+        self.out.kernel = self.embed.kernel
+
+    def __call__(self, x):
+        return self.out(jnp.tanh(self.embed(x)))
+
+
+def test_a_shared_weight_has_one_slot_and_one_step():
+    model, tx = Tied(nnx.Rngs(0)), lionax.lion(0.01)
+    optimizer = Optimizer(model, tx, wrt=nnx.Param)
+    before, grads = params_of(model), nnx.as_pure(gradients(model))
+    train(model, optimizer)
+    assert model.out.kernel is model.embed.kernel
+    assert lionax.paths(state_of(optimizer).rules) == ["0/mu/embed/kernel"]
+    cases.assert_close(params_of(model), tx.step(before, tx.init(before), grads)[0])
+
+
+def test_without_a_graph_a_gradient_is_a_module():
+    model, twin = nnx.BatchNorm(4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+    optimizer = Optimizer(model, lionax.sgd(0.1), wrt=nnx.Param, graph=False)
+    other = Optimizer(twin, lionax.sgd(0.1), wrt=nnx.Param)
+    grads = nnx.grad(loss_of, graph=False)(model)
+    assert isinstance(grads, nnx.BatchNorm)
+    optimizer.update(model, grads)
+    other.update(twin, gradients(twin))
+    cases.assert_close(params_of(model), params_of(twin))
+
+
+class Adapted(nnx.Module):
+    def __init__(self, rngs):
+        self.dense = nnx.LoRALinear(4, 4, lora_rank=2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.dense(x)
+
+
+def test_adapters_alone_have_state_and_move():
+    model = Adapted(nnx.Rngs(0))
+    optimizer = Optimizer(model, lionax.lion(0.01, weight_decay=0.1), wrt=nnx.LoRAParam)
+    assert lionax.paths(state_of(optimizer).rules) == [f"0/mu/dense/lora/lora_{x}" for x in "ab"]
+    frozen = nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))
+    before = arrays(nnx.state(model, frozen))
+    grads = nnx.grad(loss_of, argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
+    optimizer.update(model, grads)
+    cases.assert_equal(arrays(nnx.state(model, frozen)), before)
+    with pytest.raises(ValueError, match=r"gradients also have 'dense/bias'.*argnums=nnx.DiffSt"):
+        optimizer.update(model, gradients(model))
+
+
+@pytest.mark.parametrize("tx", [lionax.lion(0.01), lionax.sgd(0.1)], ids=["lion", "sgd"])
+def test_other_parameters_are_refused_by_path(tx):
+    model = Net(nnx.Rngs(0))
+    optimizer = Optimizer(model, tx, wrt=(nnx.Param, nnx.BatchStat))
+    with pytest.raises(ValueError, match="gradients lack 'blocks/0/norm/mean'"):
+        optimizer.update(model, gradients(model))
+    optimizer = Optimizer(model, tx, wrt=nnx.Param)
+    model.tail = nnx.Linear(1, 1, rngs=nnx.Rngs(1))
+    with pytest.raises(ValueError, match=r"parameters also have 'tail/bias'.*cast_state"):
+        optimizer.update(model, gradients(model))
+    del model.tail, model.head
+    with pytest.raises(ValueError, match="parameters lack 'head/bias'"):
+        optimizer.update(model, nnx.state(model, nnx.Param))
+
+
+def test_extra_arguments_reach_the_step():
+    model = nnx.Linear(4, 1, rngs=nnx.Rngs(0))
+    plateau = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=0))
+    optimizer = Optimizer(model, plateau, wrt=nnx.Param)
+    for value in (1.0, 2.0):
+        optimizer.update(model, gradients(model), value=jnp.asarray(value))
+    scales = [float(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(
+        state_of(optimizer)) if "scale" in jax.tree_util.keystr(path)]
+    assert scales == [pytest.approx(0.1)]
+    with pytest.raises(TypeError, match="no part of the transformation takes the argument 'valu'"):
+        Optimizer(model, lionax.sgd(0.1), wrt=nnx.Param).update(model, gradients(model), valu=1.0)
+
+
+def test_a_state_never_shares_a_buffer_with_the_parameters():
+    """Some of Optax's ``init`` return the parameters."""
+    anchored = optax.GradientTransformation(lambda params: (params, params),
+                                            lambda grads, state, params: (grads, state))
+    for transformation in (anchored, lionax.params_ema(0.9), lionax.lamb(0.01)):
+        model = nnx.Linear(4, 1, rngs=nnx.Rngs(0))
+        train(model, Optimizer(model, transformation, wrt=nnx.Param))
+    with pytest.raises(Exception, match="donate the same buffer twice"):
+        train(model, nnx.Optimizer(model, anchored, wrt=nnx.Param))
+
+
+def test_a_checkpoint_goes_on_where_it_stopped(tmp_path):
+    tx = lionax.lion(cases.SCHEDULE, mu_dtype="bfloat16", mask=lionax.not_matching("bias"))
+    model = Net(nnx.Rngs(0))
+    optimizer = Optimizer(model, tx, wrt=nnx.Param)
+    train(model, optimizer)
+    restored = Net(nnx.Rngs(1))
+    other = Optimizer(restored, tx, wrt=nnx.Param)
+    with ocp.StandardCheckpointer() as checkpointer:
+        for name, saved, target in (("model", model, restored), ("optimizer", optimizer, other)):
+            checkpointer.save(tmp_path / name, nnx.state(saved))
+            checkpointer.wait_until_finished()
+            nnx.update(target, checkpointer.restore(tmp_path / name, nnx.state(target)))
+    cases.assert_equal(state_of(other), state_of(optimizer))
+    train(model, optimizer)
+    train(restored, other)
+    cases.assert_equal(params_of(restored), params_of(model))
+    cases.assert_equal(state_of(other), state_of(optimizer))
+
+
+def test_layers_stacked_by_vmap_and_run_by_scan():
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def stack(key):
+        return nnx.Linear(4, 4, rngs=nnx.Rngs(key))
+
+    model = stack(jax.random.split(jax.random.key(0), 3))
+
+    @nnx.jit
+    def gradients(model):
+        def loss(model):
+            run = nnx.scan(lambda x, layer: jnp.tanh(layer(x)), in_axes=(nnx.Carry, 0),
+                           out_axes=nnx.Carry)
+            return jnp.sum(run(X, model) ** 2)
+
+        return nnx.grad(loss)(model)
+
+    tx = lionax.lamb(0.01, weight_decay=0.1)
+    optimizer, before, grads = Optimizer(model, tx, wrt=nnx.Param), params_of(model), gradients(
+        model)
+    optimizer.update(model, grads)
+    assert before["kernel"].shape == (3, 4, 4)
+    cases.assert_close(params_of(model), tx.step(before, tx.init(before), nnx.as_pure(grads))[0])
+
+
+def test_an_ensemble_under_vmap_has_an_optimizer_each():
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def ensemble(key):
+        model = nnx.Linear(4, 1, rngs=nnx.Rngs(key))
+        return model, Optimizer(model, lionax.lamb(0.01), wrt=nnx.Param)
+
+    keys = jax.random.split(jax.random.key(0), 2)
+    model, optimizer = ensemble(keys)
+    nnx.vmap(lambda model, optimizer: optimizer.update(model, nnx.grad(loss_of)(model)))(
+        model, optimizer)
+    for member, key in enumerate(keys):
+        alone = nnx.Linear(4, 1, rngs=nnx.Rngs(key))
+        train(alone, Optimizer(alone, lionax.lamb(0.01), wrt=nnx.Param))
+        cases.assert_close(jax.tree.map(lambda leaf: leaf[member], params_of(model)),  # noqa: B023
+                           params_of(alone))
+
+
+def meshes(axis_type=jax.sharding.AxisType.Auto):
+    devices = np.array(jax.devices()).reshape(2, 2, 2)
+    return [Mesh(half, ("data", "model"), axis_types=(axis_type,) * 2) for half in devices]
+
+
+def partitioned(**metadata):
+    initializer = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "model"),
+                                        **metadata)
+    return nnx.Linear(4, 8, kernel_init=initializer, rngs=nnx.Rngs(0))
+
+
+def specs(model, optimizer):
+    found = [model.kernel[...], *(leaf for path, leaf in jax.tree_util.tree_leaves_with_path(
+        state_of(optimizer)) if "kernel" in jax.tree_util.keystr(path))]
+    return [(tuple(leaf.sharding.spec) + (None,) * leaf.ndim)[:leaf.ndim] for leaf in found]
+
+
+@pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+@pytest.mark.parametrize(("metadata", "of_slots"), [
+    ({}, (None, "model")), ({"optimizer_sharding": ("data", "model")}, ("data", "model"))])
+def test_the_sharding_of_the_metadata_holds_before_and_after_a_step(metadata, of_slots, axis_type):
+    with jax.set_mesh(meshes(axis_type)[0]):
+        model = partitioned(**metadata)
+        optimizer = Optimizer(model, lionax.lion(0.01, mu_dtype="bfloat16"), wrt=nnx.Param)
+        before, grads = params_of(model), nnx.as_pure(gradients(model))
+        expected = [(None, "model"), of_slots]
+        assert specs(model, optimizer) == expected
+        train(model, optimizer)
+        assert specs(model, optimizer) == expected
+        after = params_of(model)
+    alone = jax.device_get((before, grads))
+    tx = lionax.lion(0.01)
+    expected = tx.step(alone[0], tx.init(alone[0]), alone[1])[0]
+    cases.assert_close(jax.device_get(after), jax.device_get(expected))
+
+
+def test_slots_of_a_lower_rank_have_no_sharding_of_the_parameter():
+    with jax.set_mesh(meshes()[0]):
+        model = partitioned()
+        factored = optax.scale_by_factored_rms(min_dim_size_to_factor=4)
+        optimizer = Optimizer(model, factored, wrt=nnx.Param)
+        assert "out_sharding" not in optimizer.opt_state.rules.v_row.kernel.get_metadata()
+        train(model, optimizer)
+        assert specs(model, optimizer)[0] == (None, "model")
+
+
+def test_parameters_on_two_meshes():
+    halves = [NamedSharding(mesh, PartitionSpec(None, "model")) for mesh in meshes()]
+    kernels = [jax.device_put(cases.normal(4, 8, seed=i), half) for i, half in enumerate(halves)]
+    model = nnx.Dict(first=nnx.Param(kernels[0]), second=nnx.Param(kernels[1]))
+    tx = lionax.lion(0.01)
+    optimizer = Optimizer(model, tx, wrt=nnx.Param)
+    before = params_of(model)
+    optimizer.update(model, nnx.state(model, nnx.Param))
+    cases.assert_equal(params_of(model), tx.step(before, tx.init(before), before)[0])
+    for name, half in zip(("first", "second"), halves, strict=True):
+        assert model[name][...].sharding.is_equivalent_to(half, 2)
+        slot = optimizer.opt_state.rules[0].mu[name][...]
+        assert slot.sharding.is_equivalent_to(half, 2)
+
+
+def timed(optimizer_class, tx):
+    model = nnx.List([nnx.Linear(4, 4, rngs=nnx.Rngs(0)) for _ in range(150)])
+    optimizer = optimizer_class(model, tx, wrt=nnx.Param)
+    grads = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+
+    @nnx.jit(donate_argnames=("model", "optimizer"))
+    def update(model, optimizer, grads):
+        optimizer.update(model, grads)
+
+    def run():
+        start = time.perf_counter()
+        update(model, optimizer, grads)
+        jax.block_until_ready(model[0].kernel[...])
+        return time.perf_counter() - start
+
+    run()
+    return run
+
+
+@pytest.mark.slow
+def test_dispatch_of_300_parameters_takes_no_longer_than_with_flax():
+    """Other processes share the CPU: the runs take turns, and the bound leaves room."""
+    ours, theirs = timed(Optimizer, lionax.lion(0.01)), timed(nnx.Optimizer, optax.lion(0.01))
+    times = np.array([(ours(), theirs()) for _ in range(40)])
+    ratio = np.median(times[:, 0]) / np.median(times[:, 1])
+    print(f"{ratio:.2f} of Flax's {np.median(times[:, 1]) * 1e3:.1f} ms")
+    assert ratio < 1.1
