@@ -2,7 +2,9 @@
 
 They pass no compiler options. ``equinox.filter_jit`` hands those on to ``jax.jit``:
 
-    train = eqx.filter_jit(train, donate="all", compiler_options=lionax.compiler_options())
+    @eqx.filter_jit(donate="all-except-first", compiler_options=lionax.compiler_options())
+    def train(batch, model, state):
+        return equinox.step(tx, model, state, eqx.filter_grad(loss_of)(model, batch))
 """
 
 from typing import Any, TypeVar
@@ -28,11 +30,11 @@ def init(tx: optax.GradientTransformation, model: Any) -> Any:
     """The state for the floating-point arrays of a module.
 
     Functions, integers, None and static fields have none. To freeze arrays, too, give the
-    trainable part: ``init(tx, eqx.filter(model, spec))``.
+    trained part: ``init(tx, eqx.filter(model, spec))``.
 
     Args:
       tx: a transformation of lionax or Optax.
-      model: a module, whole or the trainable part of it.
+      model: a module, whole or the trained part of it.
 
     >>> import equinox as eqx, jax, lionax
     >>> from lionax.frameworks import equinox
@@ -53,7 +55,7 @@ def step(tx: optax.GradientTransformation, model: M, state: Any, grads: Any,
 
     Args:
       tx: as for `init`.
-      model: a module, whole or the trainable part of it.
+      model: a module, whole or the trained part of it.
       state: as `init` made it.
       grads: as ``eqx.filter_grad`` gives them, of the structure of the model: None where an array
         is frozen.

@@ -7,10 +7,11 @@ It passes no compiler options; the outermost ``jax.jit`` takes them:
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import optax
 
+from lionax.core.state import State
 from lionax.frameworks.contract import as_lionax, own_buffers
 
 try:
@@ -33,14 +34,15 @@ class TrainState(train_state.TrainState):
     >>> import jax.numpy as jnp, lionax
     >>> from lionax.frameworks.linen import TrainState
     >>> params = {"w": jnp.array([1.0, 2.0])}
-    >>> state = TrainState.create(apply_fn=None, params=params, tx=lionax.sgd(0.5))
+    >>> apply = lambda params, x: x @ params["w"]
+    >>> state = TrainState.create(apply_fn=apply, params=params, tx=lionax.sgd(0.5))
     >>> state = state.apply_gradients(grads={"w": jnp.array([2.0, 0.0])})
     >>> state.params["w"].tolist(), state.step
     ([0.0, 2.0], 1)
     """
 
     @classmethod
-    def create(cls, *, apply_fn: Callable[..., Any] | None, params: Any,
+    def create(cls, *, apply_fn: Callable[..., Any], params: Any,
                tx: optax.GradientTransformation, **kwargs: Any) -> Self:
         """A train state at step 0.
 
@@ -70,8 +72,8 @@ class TrainState(train_state.TrainState):
         replaced = {name: value for name, value in kwargs.items() if name in fields}
         extra = {name: value for name, value in kwargs.items() if name not in fields}
         try:
-            params, opt_state = as_lionax(self.tx).step(_stepped(self.params), self.opt_state,
-                                                        _stepped(grads), **extra)
+            params, opt_state = as_lionax(self.tx).step(
+                _stepped(self.params), cast(State, self.opt_state), _stepped(grads), **extra)
         except TypeError as error:
             if extra:
                 error.add_note(f"apply_gradients: {', '.join(extra)} went to the step, since "
@@ -80,8 +82,7 @@ class TrainState(train_state.TrainState):
         if _has_overwritten(grads):
             params = core.copy(self.params, {"params": params, OVERWRITE_WITH_GRADIENT:
                                              grads[OVERWRITE_WITH_GRADIENT]})
-        return self.replace(**{"step": self.step + 1, "params": params, "opt_state": opt_state},
-                            **replaced)
+        return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **replaced)
 
 
 def _has_overwritten(tree: Any) -> bool:

@@ -73,7 +73,8 @@ class Optimizer(nnx.Optimizer[M]):
         self.tx = transformation
         self.paths = tuple(named_leaves(nnx.as_pure(self._selected(model)))[0])
 
-    def update(self, model: M, grads: Any, /, **extra: Any) -> None:
+    def update(  # pyright: ignore[reportIncompatibleMethodOverride]  # there are no updates
+            self, model: M, grads: Any, /, **extra: Any) -> None:
         """Steps the parameters of the model and the state, in place.
 
         Args:
@@ -110,5 +111,5 @@ class Optimizer(nnx.Optimizer[M]):
         found = named_leaves(tree)[0]
         for path in sorted(set(found) ^ set(self.paths)):
             problem = "also have" if path in found else "lack"
-            raise ValueError(f"nnx.Optimizer: the {what} {problem} {path!r}; the optimizer was made "
-                             f"for what wrt={self.wrt!r} selected then; {remedy}")
+            raise ValueError(f"nnx.Optimizer: the {what} {problem} {path!r}; accepted is what "
+                             f"wrt={self.wrt!r} selected at construction; {remedy}")
