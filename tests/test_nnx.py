@@ -1,5 +1,8 @@
 """`lionax.frameworks.nnx.Optimizer` against `Transformation.step` on the raw trees."""
 
+import cProfile
+import inspect
+import pstats
 import time
 
 import cases
@@ -195,6 +198,8 @@ def test_a_shared_weight_has_one_slot_and_one_step():
     cases.assert_close(params_of(model), tx.step(before, tx.init(before), grads)[0])
 
 
+@pytest.mark.skipif("graph" not in inspect.signature(nnx.Optimizer.__init__).parameters,
+                    reason="this Flax has graphs only")
 def test_without_a_graph_a_gradient_is_a_module():
     model, twin = nnx.BatchNorm(4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0))
     optimizer = Optimizer(model, lionax.sgd(0.1), wrt=nnx.Param, graph=False)
@@ -347,9 +352,16 @@ def timed(optimizer_class, tx):
 
 @pytest.mark.slow
 def test_dispatch_of_300_parameters_takes_no_longer_than_with_flax():
-    """Other processes share the CPU: the runs take turns, and the bound leaves room."""
+    """The runs take turns; calls are counted, too, since other processes share the CPU."""
     ours, theirs = timed(Optimizer, lionax.lion(0.01)), timed(nnx.Optimizer, optax.lion(0.01))
     times = np.array([(ours(), theirs()) for _ in range(40)])
-    ratio = np.median(times[:, 0]) / np.median(times[:, 1])
-    print(f"{ratio:.2f} of Flax's {np.median(times[:, 1]) * 1e3:.1f} ms")
-    assert ratio < 1.1
+    calls = [calls_of(run) for run in (ours, theirs)]
+    print("times", np.median(times, 0), "shortest", np.min(times, 0), "calls", calls)
+    assert calls[0] < 1.02 * calls[1]
+    assert np.min(times[:, 0]) < 1.15 * np.min(times[:, 1])
+
+
+def calls_of(run):
+    profile = cProfile.Profile()
+    profile.runcall(run)
+    return pstats.Stats(profile).total_calls

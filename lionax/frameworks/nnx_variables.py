@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.core import spmd
 
@@ -26,7 +27,7 @@ def unwrapped(state: Any) -> Any:
         if not is_variable(node):
             return node
         value = node.get_raw_value()
-        rank = min((leaf.ndim for leaf in jax.tree.leaves(value)), default=0)
+        rank = min(map(jnp.ndim, jax.tree.leaves(value)), default=0)
         return value if is_placeholder(value) or _rank(_sharding(node)) > rank else node
 
     return jax.tree.map(one, state, is_leaf=is_variable)
