@@ -6,6 +6,7 @@ import sys
 
 import cases
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -28,15 +29,15 @@ def test_what_is_no_transformation_is_refused():
     tx = lionax.lion(0.1)
     assert as_lionax(tx) is tx
     assert as_lionax(optax.sgd(0.1)).step
-    with pytest.raises(TypeError, match="0.1 is not a gradient transformation"):
-        as_lionax(0.1)
+    with pytest.raises(TypeError, match="is not a gradient transformation"):
+        as_lionax("lionax")
 
 
 def test_an_array_is_copied_where_its_buffer_came_before():
     shared, own = jnp.ones(3), jnp.zeros(3)
-    state = {"param": shared, "first": own, "second": own, "count": 1}
+    state = {"param": shared, "first": own, "second": own, "count": np.int32(1)}
     new = own_buffers(state, {"w": shared})
-    cases.assert_equal({**new, "count": 0}, {**state, "count": 0})
+    cases.assert_equal(new, state)
     pointers = {new[name].unsafe_buffer_pointer() for name in ("param", "first", "second")}
     assert len(pointers) == 3
     assert shared.unsafe_buffer_pointer() not in pointers
