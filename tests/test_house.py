@@ -23,20 +23,20 @@ MODULES = {
 
 # From the bottom up: a module imports only from those before it.
 ORDER = ["core.__init__", "core.table", "core.tree", "core.inspection", "core.masks",
-         "core.storage", "core.varying", "core.norms", "core.hyperparameters",
-         "core.rule", "core.definition", "core.layout", "core.settings", "core.state",
-         "core.engine", "core.transformation", "transforms.__init__",
-         "transforms.combining", "transforms.sign_momentum", "transforms.momentum",
-         "transforms.adaptive", "transforms.decay", "transforms.clipping",
-         "transforms.scaling", "transforms.averaging", "transforms.conditional",
-         "transforms.accumulation", "transforms.measuring", "optimizers", "compiler",
-         "monitoring", "resume", "compat.keras_schedules", "compat.keras_parts",
-         "compat.keras2", "compat.keras3", "compat.dtensor", "compat.tf_models",
-         "compat.weights", "compat.optax_states", "compat.__init__", "config",
-         "__init__", "frameworks.__init__", "frameworks.nnx", "frameworks.linen",
-         "frameworks.equinox", "frameworks.keras", "demo.__init__", "demo.text",
-         "demo.model", "demo.checkpoints", "demo.training", "demo.report", "demo.sweep",
-         "demo.information", "demo.command", "__main__"]
+         "core.storage", "core.varying", "core.norms", "core.hyperparameters", "core.rule",
+         "core.definition", "core.layout", "core.settings", "core.state", "core.engine",
+         "core.transformation", "transforms.__init__", "transforms.combining",
+         "transforms.sign_momentum", "transforms.momentum", "transforms.adaptive",
+         "transforms.decay", "transforms.clipping", "transforms.scaling", "transforms.averaging",
+         "transforms.conditional", "transforms.accumulation", "transforms.measuring",
+         "optimizers", "compiler", "monitoring", "resume", "compat.keras_schedules",
+         "compat.keras_parts", "compat.keras2", "compat.keras3", "compat.dtensor",
+         "compat.tf_models", "compat.weights", "compat.optax_states", "compat.__init__",
+         "config", "__init__", "frameworks.__init__", "frameworks.contract",
+         "frameworks.nnx_variables", "frameworks.nnx", "frameworks.linen", "frameworks.equinox",
+         "frameworks.keras", "demo.__init__", "demo.text", "demo.model", "demo.checkpoints",
+         "demo.training", "demo.report", "demo.sweep", "demo.information", "demo.command",
+         "__main__"]
 OWN = [name for name in ORDER if name.startswith(("core", "transforms"))]
 OWN += ["optimizers", "compiler", "monitoring"]  # the library without frameworks and other systems
 CORE = [*OWN, "config", "resume"]
