@@ -31,10 +31,9 @@ ORDER = ["core.__init__", "core.tree", "core.masks", "core.storage", "core.varyi
          "compiler", "monitoring", "resume", "compat.keras_schedules", "compat.keras_parts",
          "compat.keras2", "compat.keras3", "compat.dtensor", "compat.tf_models", "compat.weights",
          "compat.optax_states", "compat.__init__", "config", "__init__", "frameworks.__init__",
-         "frameworks.nnx", "frameworks.linen", "frameworks.equinox", "frameworks.keras",
-         "demo.__init__",
-         "demo.text", "demo.model", "demo.training", "demo.report", "demo.sweep", "demo.command",
-         "__main__"]
+         "frameworks.nnx", "frameworks.linen", "frameworks.equinox", "frameworks.keras_variables",
+         "frameworks.keras", "demo.__init__", "demo.text", "demo.model", "demo.training",
+         "demo.report", "demo.sweep", "demo.command", "__main__"]
 OWN = [name for name in ORDER if name.startswith(("core", "transforms"))]
 OWN += ["optimizers", "compiler", "monitoring"]  # the library without frameworks and other systems
 CORE = [*OWN, "config", "resume"]
