@@ -118,16 +118,21 @@ def _check_argument(argument: str, value: Any) -> None:
                          f"{own}")
 
 
-def _serialized_first(save: Callable[..., None]) -> Callable[..., None]:
-    """`Model.save` empties the file before it asks for configs; one may be refused."""
-    @functools.wraps(save)
-    def save_model(model: Any, *args: Any, **kwargs: Any) -> None:
+def _checked_first(method: Callable[..., Any], check: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of Keras's model that refuses before Keras empties what it would lose."""
+    @functools.wraps(method)
+    def checked(model: Any, *args: Any, **kwargs: Any) -> Any:
         optimizer = getattr(model, "optimizer", None)
-        if isinstance(getattr(optimizer, "inner_optimizer", optimizer), Optimizer):
-            keras.optimizers.serialize(optimizer)
-        save(model, *args, **kwargs)
+        own = getattr(optimizer, "inner_optimizer", optimizer)
+        if isinstance(own, Optimizer):
+            check(own, model)
+        return method(model, *args, **kwargs)
 
-    return save_model
+    return checked
 
 
-keras.Model.save = _serialized_first(keras.Model.save)
+# `save` empties the file before it asks for a config, `fit` the variables before the first step.
+keras.Model.save = _checked_first(keras.Model.save, lambda own, model: own.get_config())
+for _name in ("fit", "train_on_batch"):
+    setattr(keras.Model, _name, _checked_first(
+        getattr(keras.Model, _name), lambda own, model: own.check_seen(model.trainable_variables)))

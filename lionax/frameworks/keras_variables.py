@@ -1,12 +1,14 @@
 """A Keras optimizer whose state is that of a transformation: one Keras variable for each array."""
 
 import functools
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import lionax
 from lionax.core.definition import nested
@@ -102,17 +104,13 @@ class StateOptimizer(keras.optimizers.Optimizer):
 
     def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
         """One step; refuses variables that ``build`` never saw."""
-        if self.built:
-            self._check_seen(trainable_variables or ())
+        self.check_seen(trainable_variables or ())
         super().apply(grads, trainable_variables)
 
-    def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
-        """Ends `Model.fit`: refuses variables that ``build`` never saw."""
-        self._check_seen(var_list)
-
-    def _check_seen(self, variables: Sequence[Any]) -> None:
+    def check_seen(self, variables: Sequence[Any]) -> None:
+        """Refuses variables that ``build`` never saw."""
         seen = set(map(id, self._trainable_variables))
-        for variable in variables:
+        for variable in variables if self.built else ():
             if id(variable) not in seen:
                 raise ValueError(f"{self.name}: build never saw the variable {variable.path!r}; "
                                  "compile again, with a new Optimizer")
@@ -134,16 +132,22 @@ class StateOptimizer(keras.optimizers.Optimizer):
 
     def load_own_variables(self, store: Any) -> None:
         """Takes over what was saved; refuses another number of variables, and other shapes."""
-        ours = {str(i): (v.path, tuple(v.shape)) for i, v in enumerate(self.variables)}
-        theirs = {key: tuple(store[key].shape) for key in list(store.keys())}
-        for key in sorted(ours | theirs, key=int):
-            (path, shape), saved = ours.get(key, ("none", None)), theirs.get(key)
-            if saved != shape:
-                raise ValueError(f"{self.name}: variable {key} ({path}) has shape {shape}, in the "
-                                 f"file {saved}; load with the transformation and the model that "
+        saved = {key: np.asarray(store[key]) for key in list(store.keys())}
+        ours = {str(i): variable for i, variable in enumerate(self.variables)}
+        first = 1 + isinstance(self._learning_rate, keras.Variable)  # before `build` there are
+        if len(saved) == first and saved["0"] == 0:
+            ours = dict(itertools.islice(ours.items(), first))
+        for key in sorted(ours | saved, key=int):
+            here, there = (None if array is None else tuple(array.shape)
+                           for array in (ours.get(key), saved.get(key)))
+            if here != there:
+                name = ours[key].path if key in ours else "none"
+                raise ValueError(f"{self.name}: variable {key} ({name}) has shape {here}, in the "
+                                 f"file {there}; load with the transformation and the model that "
                                  "were saved, or leave the optimizer out: "
                                  "keras.saving.load_model(path, compile=False)")
-        super().load_own_variables(store)
+        for key, variable in ours.items():
+            variable.assign(saved[key])
 
 
 def _copy_of(leaf: jax.Array, shape: Any, dtype: Any) -> jax.Array:
