@@ -1,4 +1,8 @@
-"""`Optimizer`: a transformation as a ``keras.optimizers.Optimizer``, on Keras's JAX backend."""
+"""`Optimizer`: a transformation as a ``keras.optimizers.Optimizer``, on Keras's JAX backend.
+
+The module wraps `fit`, `train_on_batch` and `save` of ``keras.Model``: for its own optimizer they
+refuse before Keras empties the variables or the file.
+"""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +15,7 @@ from lionax.transforms.conditional import DynamicLossScale, Unscale
 
 __all__ = ["Optimizer"]
 
-_RATE = "lionax.lion(learning_rate)"
+_RATE = "lionax.lion(learning_rate), a number or a schedule"
 _MASK = "lionax.lion(rate, weight_decay=..., mask=lionax.not_matching('bias'))"
 _AVERAGE = "lionax.chain(tx, lionax.params_ema(..., overwrite_every=...))"
 _REFUSED = {  # Keras's arguments: the value without effect, and lionax's own
@@ -131,7 +135,7 @@ def _checked_first(method: Callable[..., Any], check: Callable[..., Any]) -> Cal
     return checked
 
 
-# `save` empties the file before it asks for a config, `fit` the variables before the first step.
+# Keras asks for the config when the file is open, and for a step when the variables are empty.
 keras.Model.save = _checked_first(keras.Model.save, lambda own, model: own.get_config())
 for _name in ("fit", "train_on_batch"):
     setattr(keras.Model, _name, _checked_first(

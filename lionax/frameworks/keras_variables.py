@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lionax
-from lionax.core.definition import nested
+from lionax.core.definition import Foreign, nested
 from lionax.core.hyperparameters import Injected
 from lionax.transforms.decay import AddDecayedWeights
 from lionax.transforms.scaling import ScaleByLearningRate
@@ -108,8 +108,13 @@ class StateOptimizer(keras.optimizers.Optimizer):
         super().apply(grads, trainable_variables)
 
     def check_seen(self, variables: Sequence[Any]) -> None:
-        """Refuses variables that ``build`` never saw."""
+        """Refuses variables that ``build`` never saw, and frozen ones where Optax needs them."""
         seen = set(map(id, self._trainable_variables))
+        frozen = [v.path for v in self._trainable_variables if not v.trainable]
+        if frozen and any(isinstance(part, Foreign) for part in nested(self.tx.definition)):
+            raise ValueError(f"{self.name}: {frozen[0]!r} was frozen after compile, and Optax's "
+                             "transformations need all gradients; compile again, with a new "
+                             "Optimizer")
         for variable in variables if self.built else ():
             if id(variable) not in seen:
                 raise ValueError(f"{self.name}: build never saw the variable {variable.path!r}; "
