@@ -22,7 +22,7 @@ from lionax.frameworks.keras import Optimizer
 def digits():
     """Images of 8 x 8 pixels and their classes: to train on, and to validate."""
     images, classes = load_digits(return_X_y=True)
-    images = (images / 16).astype(np.float32).reshape(-1, 8, 8, 1)
+    images, classes = (images / 16).reshape(-1, 8, 8, 1), classes.astype(np.int32)
     return train_test_split(images, classes, test_size=0.25, random_state=0, stratify=classes)
 
 
