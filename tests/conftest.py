@@ -5,6 +5,7 @@ import os
 FLAGS = (os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8")
 os.environ["XLA_FLAGS"] = " ".join(FLAGS)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["KERAS_BACKEND"] = "jax"
 
 import chex
 import hypothesis

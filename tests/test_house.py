@@ -34,9 +34,9 @@ ORDER = ["core.__init__", "core.table", "core.tree", "core.inspection", "core.ma
          "compat.tf_models", "compat.weights", "compat.optax_states", "compat.__init__",
          "config", "__init__", "frameworks.__init__", "frameworks.contract",
          "frameworks.nnx_variables", "frameworks.nnx", "frameworks.linen", "frameworks.equinox",
-         "frameworks.keras", "demo.__init__", "demo.text", "demo.model", "demo.checkpoints",
-         "demo.training", "demo.report", "demo.sweep", "demo.information", "demo.command",
-         "__main__"]
+         "frameworks.keras_variables", "frameworks.keras", "demo.__init__", "demo.text",
+         "demo.model", "demo.checkpoints", "demo.training", "demo.report", "demo.sweep",
+         "demo.information", "demo.command", "__main__"]
 OWN = [name for name in ORDER if name.startswith(("core", "transforms"))]
 OWN += ["optimizers", "compiler", "monitoring"]  # the library without frameworks and other systems
 CORE = [*OWN, "config", "resume"]

@@ -2,18 +2,15 @@
 
 import functools
 import inspect
-import os
 
 import jax
 import jax.numpy as jnp
+import keras
 import numpy as np
 import pytest
 
 import lionax
 from lionax.compat import from_weights, keras3, keras_schedules, to_weights
-
-os.environ["KERAS_BACKEND"] = "jax"
-import keras
 
 # Keras's variables do not know NumPy's newest protocol; and Keras tells of gradients that are None.
 pytestmark = [pytest.mark.usefixtures("standard_promotion"),
