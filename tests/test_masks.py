@@ -2,6 +2,7 @@
 
 import cases
 import equinox as eqx
+import flax.linen as nn
 import flax.nnx as nnx
 import hypothesis.strategies as st
 import jax
@@ -36,6 +37,8 @@ CONTAINERS = {
                   ["dense/bias", "dense/kernel", "layers/0/bias", "layers/0/scale"]),
     "nnx_pure_dict": (lambda: nnx.to_pure_dict(nnx.state(Model(), nnx.Param)),
                       ["dense/bias", "dense/kernel", "layers/0/bias", "layers/0/scale"]),
+    "linen_boxes": (lambda: {"kernel": nn.Partitioned(jnp.ones(2), ("x",)), "bias": jnp.ones(2)},
+                    ["bias", "kernel"]),
     "equinox": (equinox_model,
                 ["layers/0/weight", "layers/0/bias", "layers/1/weight", "layers/1/bias"]),
 }

@@ -77,9 +77,9 @@ def run() -> None:
 
 def _run(options: argparse.Namespace) -> int:
     if options.command == "info":
-        from lionax.demo.information import information
+        from lionax.demo.information import describe
 
-        for line in information():
+        for line in describe():
             print(line)
         return 0
     if not options.out.parent.is_dir():

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 import lionax
 
-__all__ = ["information"]
+__all__ = ["describe"]
 
 
-def information() -> Iterator[str]:
+def describe() -> Iterator[str]:
     """The lines, each as soon as it is known."""
     packages = ("jax", "jaxlib", "optax", "numpy")
     yield f"lionax {lionax.__version__}, Python {platform.python_version()}, {platform.system()}"

@@ -171,7 +171,7 @@ def given_rates(tx: lionax.Transformation) -> list[Any]:
 def _rates(state: Any) -> dict[str, jax.Array]:
     """The learning rates in a state, by name."""
     return {name: value for name, value in lionax.get_hyperparams(state).items()
-            if re.fullmatch(r"learning_rate(_\d+)?", name.rpartition("/")[2])}
+            if name.rpartition("/")[2] == "learning_rate"}
 
 
 def _with_rate(state: Any, value: Any) -> Any:
