@@ -21,7 +21,6 @@ REPOSITORY = DESCRIPTION["urls"]["Repository"]
 COPIES = {"changelog.md": ROOT / "CHANGELOG.md", "contributing.md": ROOT / "CONTRIBUTING.md"}
 COPIES |= {f"notebooks/{path.name}": path for path in sorted(ROOT.glob("notebooks/*.ipynb"))}
 for name, path in COPIES.items():
-    (ROOT / "docs" / name).parent.mkdir(exist_ok=True)
     shutil.copyfile(path, ROOT / "docs" / name)
 
 project = "lionax"
@@ -43,6 +42,7 @@ nb_execution_mode = "force"
 nb_execution_excludepatterns = ["notebooks/*"]  # their outputs are stored
 nb_execution_raise_on_error = True
 nb_execution_timeout = 120
+nb_merge_streams = True
 
 autodoc_typehints = "none"  # most are Scalar or Mask: the text says what is accepted
 autodoc_preserve_defaults = True
@@ -50,7 +50,6 @@ napoleon_numpy_docstring = False
 default_role = "py:obj"
 nitpick_ignore = [("py:obj", "jax.numpy")]
 add_module_names = False
-suppress_warnings = ["toc.empty_glob"]  # a checkout without notebooks builds, too
 
 html_theme = "sphinx_book_theme"
 html_title = "lionax"
