@@ -62,6 +62,7 @@ html_theme_options = {
     "use_download_button": False,
     "home_page_in_toc": True,
     "show_toc_level": 2,
+    "secondary_sidebar_items": {"index": [], "**": ["page-toc"]},
     "navbar_persistent": [],  # the sidebar has a search field
 }
 copybutton_prompt_text = r">>> |\.\.\. "

@@ -1,6 +1,6 @@
 """Sphinx extension: links of the Markdown files, as a code host follows them, serve the site, too.
 
-A link to a file outside of ``docs/`` goes to the repository. A link of a copied page, which is
+A link to a folder, or to a file outside of ``docs/``, goes to the repository. A link of a copied page, which is
 relative to the file that it was copied from, becomes relative to the copy.
 """
 
@@ -27,7 +27,7 @@ def rewrite(app: Sphinx, docname: str, source: list[str]) -> None:
     def target(link: re.Match[str]) -> str:
         path = pathlib.Path(os.path.normpath(folder / link[1]))
         path = copies.get(path.resolve(), path)
-        if path.is_relative_to(docs):
+        if path.is_relative_to(docs) and not path.is_dir():
             return os.path.relpath(path, pathlib.Path(page).parent)
         kind = "tree" if path.is_dir() else "blob"
         return f"{app.config.repository}/{kind}/HEAD/{path.relative_to(docs.parent).as_posix()}"
