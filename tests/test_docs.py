@@ -42,59 +42,35 @@ class Page(html.parser.HTMLParser):
         self.anchors |= {attributes[name] for name in ("id", "name") if attributes.get(name)}
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """The built pages by path. Guides run in the build; what they raise fails it."""
-    pytest.importorskip("sphinx", reason="the site needs the extra docs")
-    out = tmp_path_factory.mktemp("site").resolve()
-    environment = {**os.environ, "XLA_FLAGS": ""}
-    build = subprocess.run(
-        [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q", "-b", "html",
-         str(DOCS), str(out)], capture_output=True, text=True, check=False, env=environment)
-    assert build.returncode == 0, build.stderr
-    return {path: Page(path) for path in out.rglob("*.html") if "_static" not in path.parts}
-
-
-@pytest.mark.slow
-@pytest.mark.xdist_group("site")
-def test_internal_links_lead_to_pages_and_anchors(site):
+def check_links(site):
+    """Internal links lead to pages and anchors, those to the repository to its files."""
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
+    in_repository = re.compile(rf"{re.escape(urls['Repository'])}/(?:blob|tree)/HEAD/([^#]+)")
+    found = set()
     for path, page in site.items():
         for link in page.links:
+            if match := in_repository.match(link):
+                found.add(match[1])
+                assert (ROOT / match[1]).exists(), f"{path}: {link}"
             parts = urllib.parse.urlsplit(link)
             if parts.scheme or parts.netloc:
                 continue
-            target = path if not parts.path else (path.parent / urllib.parse.unquote(parts.path))
+            target = path.parent / urllib.parse.unquote(parts.path) if parts.path else path
             target = target.resolve()
             assert target.exists(), f"{path}: {link}"
             if parts.fragment and target in site:
-                assert urllib.parse.unquote(parts.fragment) in site[target].anchors | {"top"}, (
-                    f"{path}: {link}")
-
-
-@pytest.mark.slow
-@pytest.mark.xdist_group("site")
-def test_links_to_the_repository_lead_to_its_files(site):
-    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
-    links = set().union(*(page.links for page in site.values()))
-    found = re.findall(rf"{re.escape(urls['Repository'])}/(?:blob|tree)/HEAD/(\S+)",
-                       "\n".join(links))
+                anchors = site[target].anchors | {"top"}
+                assert urllib.parse.unquote(parts.fragment) in anchors, f"{path}: {link}"
     assert "tests/test_norms.py" in found
-    for link in found:
-        assert (ROOT / link).exists(), link
 
 
-@pytest.mark.slow
-@pytest.mark.xdist_group("site")
-def test_pages_load_nothing_from_elsewhere(site):
+def check_nothing_is_loaded_from_elsewhere(site):
+    loads = re.compile(r"<(?:script|img|link rel=\"stylesheet\")[^>]*(?:src|href)=\"http[^>]*>")
     for path in site:
-        loaded = re.findall(r"<(?:script|img|link rel=\"stylesheet\")[^>]*(?:src|href)=\"(http[^\"]*)",
-                            path.read_text())
-        assert not loaded, f"{path}: {loaded}"
+        assert not loads.search(path.read_text()), path
 
 
-@pytest.mark.slow
-@pytest.mark.xdist_group("site")
-def test_every_public_name_has_one_entry(site):
+def check_every_public_name_has_one_entry(site):
     names = [f"lionax.{name}" for name in lionax.__all__]
     names += [f"lionax.compat.{name}" for name in lionax.compat.__all__
               if name.endswith(("_optax", "_weights"))]
@@ -102,3 +78,19 @@ def test_every_public_name_has_one_entry(site):
     for name in names:
         entries = [path.name for path, page in site.items() if name in page.anchors]
         assert len(entries) == 1, f"{name}: {entries}; the pages are in docs/api"
+
+
+@pytest.mark.slow
+def test_the_site(tmp_path):
+    """One test, since one build serves all checks. What a guide's code raises fails the build."""
+    pytest.importorskip("sphinx_book_theme", reason="the site needs the extra docs")
+    out = tmp_path.resolve()
+    build = subprocess.run(
+        [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q", "-b", "html",
+         str(DOCS), str(out)], capture_output=True, text=True, check=False,
+        env={**os.environ, "XLA_FLAGS": ""})
+    assert build.returncode == 0, build.stderr
+    site = {path: Page(path) for path in out.rglob("*.html") if "_static" not in path.parts}
+    check_links(site)
+    check_nothing_is_loaded_from_elsewhere(site)
+    check_every_public_name_has_one_entry(site)
