@@ -20,6 +20,8 @@ REPOSITORY = DESCRIPTION["urls"]["Repository"]
 # Pages that are kept elsewhere in the repository. Git ignores the copies.
 COPIES = {"changelog.md": ROOT / "CHANGELOG.md", "contributing.md": ROOT / "CONTRIBUTING.md"}
 COPIES |= {f"notebooks/{path.name}": path for path in sorted(ROOT.glob("notebooks/*.ipynb"))}
+for stale in ROOT.glob("docs/notebooks/*.ipynb"):
+    stale.unlink()
 for name, path in COPIES.items():
     shutil.copyfile(path, ROOT / "docs" / name)
 
@@ -41,6 +43,7 @@ myst_heading_anchors = 3
 nb_execution_mode = "force"
 nb_execution_excludepatterns = ["notebooks/*"]  # their outputs are stored
 nb_execution_raise_on_error = True
+nb_execution_show_tb = True
 nb_execution_timeout = 120
 nb_merge_streams = True
 

@@ -1,7 +1,7 @@
 """Sphinx extension: links of the Markdown files, as a code host follows them, serve the site, too.
 
-A link to a folder, or to a file outside of ``docs/``, goes to the repository. A link of a copied page, which is
-relative to the file that it was copied from, becomes relative to the copy.
+A link to a folder, or to a file outside of ``docs/``, goes to the repository. A link of a copied
+page is relative to the file that was copied; it becomes relative to the copy.
 """
 
 import os
