@@ -38,7 +38,7 @@ exclude_patterns = ["_build"]
 source_origins = COPIES
 repository = REPOSITORY
 
-myst_enable_extensions = ["colon_fence", "deflist"]
+myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 nb_execution_mode = "force"
 nb_execution_excludepatterns = ["notebooks/*"]  # their outputs are stored

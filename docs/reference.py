@@ -48,7 +48,7 @@ class Public(SphinxDirective):
 def directive(name: str, value: Any) -> list[str]:
     """The lines of reST that document one public object."""
     if name == "lionax.Scalar":
-        return [f".. py:data:: {name}", "", f"   {SCALAR}"]
+        return [".. py:data:: Scalar", "   :module: lionax", "", f"   {SCALAR}"]
     if not inspect.isclass(value):
         return [f".. autofunction:: {name}"]
     return [f".. autoclass:: {name}", "   :members:", "   :member-order: bysource"]
