@@ -208,7 +208,8 @@ def test_what_keras_has_no_config_for():
 
 def test_the_table_names_recorded_runs_and_every_argument():
     text = (GOLDEN.parent.parent / "docs" / "compat.md").read_text()
-    runs = set(re.findall(r"`((?:tf_keras2|optax|keras3|dtensor|tfm)_\w+/[\w-]+)`", text))
+    runs = set(re.findall(r"`((?:tf_keras2|optax|keras3|dtensor|tfm|torch|lion)_\w+/[\w-]+)`",
+                          text))
     assert runs <= set(ENTRIES)
     assert len(runs) > 60
     for constructor in set(CONSTRUCTORS.values()):

@@ -109,7 +109,7 @@ def test_sizes():
     assert sum(len(lines(MODULES[name])) for name in shown) <= 590
 
 
-SOURCES = sorted(path for folder in ("lionax", "tests", "benchmarks")
+SOURCES = sorted(path for folder in ("lionax", "tests", "benchmarks", "docs")
                  for path in (ROOT / folder).rglob("*.py"))
 
 
@@ -213,6 +213,7 @@ def test_importing_touches_no_device_and_no_optional_package():
 def test_the_package_is_typed_and_versioned():
     assert (PACKAGE / "py.typed").exists()
     assert f"## {lionax.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"\nversion: {lionax.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_the_readme_shows_what_is_there():
