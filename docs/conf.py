@@ -11,6 +11,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 # Each guide runs in a process of its own, which imports this copy of lionax, on the CPU.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["KERAS_BACKEND"] = "jax"
 
 import lionax  # noqa: E402
 

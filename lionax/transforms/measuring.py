@@ -282,17 +282,15 @@ def monitor(tx: optax.GradientTransformation, groups: Mapping[str, str] | None =
             every: int = 1) -> Transformation:
     """Measures what a transformation does. `metrics` reads the measurements from the state.
 
-    | name | what |
-    | --- | --- |
-    | ``gradient_norm`` | the norm of the gradients as the transformation gets them, before a clip |
-    | ``nonfinite`` | how many of their elements are NaN or infinite |
-    | ``update_norm``, ``parameter_norm`` | of the updates at the end, and of the old parameters |
-    | ``update_to_parameter`` | the quotient of both |
-    | ``clipped`` | the share of elements that a clip changed |
-    | ``clip_factor`` | the least number by which clips multiplied a leaf |
-    | ``trust_ratio_min``, ``_median``, ``_max`` | of the ratios of all leaves |
-    | ``sign_changes`` | the share of signs of Lion's direction that differ from the last step's |
-    | ``age`` | how many calls ago these were measured |
+    - ``gradient_norm``: the norm of the gradients that the transformation gets, before a clip;
+    - ``nonfinite``: how many of their elements are NaN or infinite;
+    - ``update_norm``, ``parameter_norm``: of the final updates and of the old parameters;
+    - ``update_to_parameter``: the quotient of both;
+    - ``clipped``: the share of elements that a clip changed;
+    - ``clip_factor``: the least number by which clips multiplied a leaf;
+    - ``trust_ratio_min``, ``_median``, ``_max``: of the ratios of all leaves;
+    - ``sign_changes``: the share of signs of Lion's direction that differ from the last step's;
+    - ``age``: how many calls ago these were measured.
 
     Inside of a conditional further gradients are measured: ``accumulated_gradient_norm`` is that of
     the mean in `accumulate`, ``unscaled_gradient_norm`` that in `dynamic_loss_scale`,
