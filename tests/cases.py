@@ -268,6 +268,17 @@ def prepared(case: str, tree: str) -> Prepared:
     return Prepared(tx, params, tx.init(params), jax.jit(tx.step, donate_argnums=(0, 1)))
 
 
+def but_for_slow(names: Any, slow: Any) -> list[Any]:
+    """Parameters of a test, of which some run in the slow command only."""
+    return [pytest.param(*(name if isinstance(name, tuple) else (name,)),
+                         marks=[pytest.mark.slow] * (name in slow)) for name in names]
+
+
+def but_for_fast(names: Any, *fast: Any) -> list[Any]:
+    """Parameters of a test, of which but some run in the slow command only."""
+    return but_for_slow(names, [name for name in names if name not in fast])
+
+
 def grouped(names: Any, every: int = 1) -> list[Any]:
     """Parameters of a test, of which one in so many runs in the plain command.
 

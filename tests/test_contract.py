@@ -21,8 +21,7 @@ CONDITIONALS = ("accumulate", "skip_nonfinite", "skip_if", "dynamic_loss_scale",
 
 def over(*names, slow=()):
     """Trees; on some of them only the slow tests run."""
-    return pytest.mark.parametrize("tree", [
-        pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names])
+    return pytest.mark.parametrize("tree", cases.but_for_slow(names, slow))
 
 
 def kept(tree):

@@ -57,7 +57,7 @@ TXS = {
 }
 
 
-@pytest.mark.parametrize("name", TXS)
+@pytest.mark.parametrize("name", cases.but_for_fast(TXS, "lion"))
 def test_a_step_of_a_whole_module_is_that_of_its_trained_part(name):
     tx, model = TXS[name](), Net()
     spec = but_for_the_mean(model)
@@ -103,7 +103,8 @@ def test_frozen_leaves_have_no_state():
         "0/weight", "1/weight", "1/bias")]
 
 
-@pytest.mark.parametrize("name", [name for name in TXS if name != "optax"])
+@pytest.mark.parametrize("name", cases.but_for_fast(
+    [name for name in TXS if name != "optax"], "lion"))
 def test_a_buffer_without_a_gradient_never_changes(name):
     """Although the state was made with the buffer in it."""
     model, tx = Net(), TXS[name]()
@@ -175,6 +176,7 @@ def test_shared_weights_make_one_step():
     cases.assert_equal(new().first.weight, new().second.weight)
 
 
+@pytest.mark.slow
 def test_members_of_an_ensemble_under_vmap():
     tx, keys = lionax.lamb(0.01), jax.random.split(KEY, 2)
     members = eqx.filter_vmap(Net)(keys)

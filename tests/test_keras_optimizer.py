@@ -76,8 +76,8 @@ def by_hand(tx, batches):
 
 
 @pytest.mark.parametrize(("name", "run_eagerly"), [
-    ("lion", False), ("lion", True), ("accumulated", False),
-    pytest.param("accumulated", True, marks=pytest.mark.slow)])
+    ("lion", False), ("accumulated", False), *(
+        pytest.param(name, True, marks=pytest.mark.slow) for name in ("lion", "accumulated"))])
 def test_fit_is_step_on_arrays(name, run_eagerly):
     model = compiled(Optimizer(TXS[name]()), run_eagerly=run_eagerly)
     model.fit(X, Y, **IN_ORDER)
@@ -108,8 +108,8 @@ def test_the_average_of_keras_lion():
     cases.assert_close(lionax.averaged_params(ours.optimizer.state), weights(theirs))
 
 
-@pytest.mark.parametrize("name", ["lion", "accumulated", *(
-    pytest.param(name, marks=pytest.mark.slow) for name in ("lamb", "bfloat16", "groups"))])
+@pytest.mark.parametrize("name", cases.but_for_fast(
+    ["lion", "accumulated", "lamb", "bfloat16", "groups"], "lion"))
 def test_a_saved_model_goes_on_as_if_uninterrupted(name, tmp_path):
     model = compiled(Optimizer(TXS[name]()))
     model.fit(X, Y, **IN_ORDER)
@@ -199,7 +199,8 @@ def test_rates_of_groups_are_assigned_by_name():
         "a/learning_rate": 0.5, "b/learning_rate": 0.01}
 
 
-@pytest.mark.parametrize("run_eagerly", [False, True], ids=["jit", "eager"])
+@pytest.mark.parametrize("run_eagerly", cases.but_for_fast([False, True], False),
+                         ids=["jit", "eager"])
 def test_layers_frozen_after_compile_stay_bit_for_bit(run_eagerly):
     tx = lionax.lion(1e-2, weight_decay=0.5)
     model = compiled(Optimizer(tx), run_eagerly=run_eagerly)
@@ -244,8 +245,8 @@ def test_after_an_exception_in_a_callback_training_goes_on(tmp_path):
     assert int(keras.saving.load_model(tmp_path / "model.keras").optimizer.iterations) == 5
 
 
-@pytest.mark.parametrize("policy", ["mixed_float16", *(
-    pytest.param(name, marks=pytest.mark.slow) for name in ("mixed_bfloat16", "bfloat16"))])
+@pytest.mark.parametrize("policy", cases.but_for_fast(
+    ["mixed_float16", "mixed_bfloat16", "bfloat16"], "mixed_float16"))
 def test_mixed_precision(policy, tmp_path):
     keras.config.set_dtype_policy(policy)
     try:

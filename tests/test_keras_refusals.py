@@ -160,11 +160,13 @@ def run(code, **environment):
                           env={**os.environ, **environment})
 
 
+@pytest.mark.slow
 def test_another_backend_is_refused_by_name():
     code = "import lionax, lionax.frameworks.keras as k; k.Optimizer(lionax.lion(1e-3))"
     assert "the backend 'numpy' is not accepted" in run(code, KERAS_BACKEND="numpy").stderr
 
 
+@pytest.mark.slow
 def test_without_keras_the_extra_is_named():
     code = "import sys; sys.modules['keras'] = None; import lionax.frameworks.keras"
     assert 'pip install "lionax[keras]"' in run(code).stderr

@@ -48,7 +48,7 @@ TXS = {
 }
 
 
-@pytest.mark.parametrize("name", TXS)
+@pytest.mark.parametrize("name", cases.but_for_fast(TXS, "lion"))
 def test_a_donated_update_is_a_step(name):
     tx = lionax.chain(TXS[name]())
     state = begun(TXS[name]())
@@ -99,6 +99,7 @@ def test_a_name_that_is_neither_is_refused():
     assert "WithStatistics has no such field" in info.value.__notes__[0]
 
 
+@pytest.mark.slow
 def test_float8_scales_are_replaced_as_flax_does():
     model = Net(dense=lambda features: nn.Dense(features, dot_general_cls=nn.Fp8DirectDotGeneralOp))
     variables = model.init(jax.random.key(0), X)

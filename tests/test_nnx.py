@@ -83,7 +83,7 @@ TXS = {
 }
 
 
-@pytest.mark.parametrize("name", TXS)
+@pytest.mark.parametrize("name", cases.but_for_fast(TXS, "lion", "accumulate"))
 def test_a_compiled_donated_update_is_a_step(name):
     tx, model, twin = TXS[name](), Net(nnx.Rngs(0)), Net(nnx.Rngs(0))
     optimizer = Optimizer(model, tx, wrt=nnx.Param)
@@ -290,6 +290,7 @@ def test_a_checkpoint_goes_on_where_it_stopped(tmp_path):
     cases.assert_equal(state_of(other), state_of(optimizer))
 
 
+@pytest.mark.slow
 def test_layers_stacked_by_vmap_and_run_by_scan():
     @nnx.vmap(in_axes=0, out_axes=0)
     def stack(key):
@@ -314,6 +315,7 @@ def test_layers_stacked_by_vmap_and_run_by_scan():
     cases.assert_close(params_of(model), tx.step(before, tx.init(before), nnx.as_pure(grads))[0])
 
 
+@pytest.mark.slow
 def test_an_ensemble_under_vmap_has_an_optimizer_each():
     @nnx.vmap(in_axes=0, out_axes=0)
     def ensemble(key):
