@@ -81,9 +81,9 @@ class Monitor(Conditional):
         if self.every == 1:
             values, signs = measured(state.values, state.signs)
         else:
-            due = state.calls % self.every == 0
+            due = (state.calls + 1) % self.every == 0
             (values,) = engine.branch(due, lambda old: measured(old, state.signs)[:1], state.values)
-            due_next = (state.calls + 1) % self.every == 0
+            due_next = (state.calls + 2) % self.every == 0
             (signs,) = engine.branch(due_next, lambda old: measured(state.values, old)[1:],
                                      state.signs)
         calls = jnp.asarray(optax.safe_increment(state.calls))
@@ -306,7 +306,7 @@ def monitor(tx: optax.GradientTransformation, groups: Mapping[str, str] | None =
       tx: what is measured; lionax's or Optax's.
       groups: regular expression -> name: the same for the leaves that it is the first to match, by
         path as in `matching`, as ``name/gradient_norm``.
-      every: measure in the first of each so many steps only.
+      every: measure in the last of each so many steps only.
 
     Raises:
       ValueError: for ``every`` below 1; where it is used, for an expression that matches no leaf.
