@@ -83,9 +83,10 @@ class Monitor(Conditional):
         else:
             due = (state.calls + 1) % self.every == 0
             (values,) = engine.branch(due, lambda old: measured(old, state.signs)[:1], state.values)
-            due_next = (state.calls + 2) % self.every == 0
-            (signs,) = engine.branch(due_next, lambda old: measured(state.values, old)[1:],
-                                     state.signs)
+            due_next, signs = (state.calls + 2) % self.every == 0, state.signs
+            if jax.tree.leaves(signs):  # to compare with in the next step
+                (signs,) = engine.branch(due_next, lambda old: measured(state.values, old)[1:],
+                                         signs)
         calls = jnp.asarray(optax.safe_increment(state.calls))
         return state._replace(values=values, calls=calls, signs=signs), True
 
