@@ -23,6 +23,7 @@ import importlib.metadata
 import importlib.util
 import sys
 
+from IPython import get_ipython
 from packaging.version import Version
 
 NEEDED = {"jax": "0.10", "optax": "0.2.8", "flax": "0.12", "keras": "3.15",

@@ -23,6 +23,7 @@ import importlib.metadata
 import importlib.util
 import sys
 
+from IPython import get_ipython
 from packaging.version import Version
 
 NEEDED = {"jax": "0.10", "optax": "0.2.8", "flax": "0.12", "keras": "3.15",
@@ -111,9 +112,8 @@ def draw(ax, alone, switched, name):
 # | Optax | lionax |
 # | --- | --- |
 # | `tx = optax.lion(rate, weight_decay=0.1)` | `tx = lionax.lion(rate, weight_decay=0.1)` |
-# | `updates, state = tx.update(grads, state, params)` | `params, state = tx.step(params, state, grads)` |
-# | `params = optax.apply_updates(params, updates)` | |
-# | `optax.inject_hyperparams(optax.lion)(rate)` | `lionax.set_hyperparams(state, learning_rate=...)` |
+# | `tx.update(grads, state, params)`, `optax.apply_updates` | `tx.step(params, state, grads)` |
+# | `optax.inject_hyperparams(optax.lion)` | `lionax.set_hyperparams(state, ...)` |
 # | `optax.MultiSteps(tx, 8)` | `lionax.accumulate(tx, 8)` |
 # | `optax.apply_if_finite(tx, 5)` | `lionax.skip_nonfinite(tx, 5)` |
 
@@ -291,7 +291,7 @@ print(f"parameters after {STEPS} steps differ by {difference:.1e} of a leaf's gr
 # | --- | --- |
 # | `torch.optim.AdamW(parameters, lr, weight_decay=0.01)` | `lionax.adamw(lr, weight_decay=0.01)` |
 # | `torch.optim.SGD(parameters, lr, momentum=0.9)` | `lionax.sgd(lr, momentum=0.9)` |
-# | `lion_pytorch.Lion(parameters, lr, betas=(0.9, 0.99))` | `lionax.lion(lr, b1=0.9, b2=0.99, weight_decay=0.0)` |
+# | `lion_pytorch.Lion(parameters, lr)` | `lionax.lion(lr, weight_decay=0.0)` |
 # | `torch.optim.lr_scheduler.…` | a function of the step as `learning_rate` |
 # | `clip_grad_norm_(parameters, 1.0)` | `lionax.chain(lionax.clip_by_global_norm(1.0), ...)` |
 # | parameter groups | `lionax.partition`, or `mask=lionax.matching(...)` |

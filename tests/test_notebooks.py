@@ -8,7 +8,7 @@ import tomllib
 import jupytext
 import nbformat
 import pytest
-from notebooks import ROOT, SCRIPTS, executed
+from run_notebooks import ROOT, SCRIPTS, executed
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REPOSITORY = PROJECT["urls"]["Repository"]
@@ -104,8 +104,8 @@ def test_all_begin_with_the_same_cell():
 def test_that_cell_asks_for_what_the_project_requires():
     text = code(stored(SCRIPTS[0]))[0]
     needed = json.loads(re.search(r"NEEDED = ({.*?})", text, re.S)[1])
-    required = [*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])]
-    assert {f"{name}>={least}" for name, least in needed.items()} <= set(required)
+    required = {*PROJECT["dependencies"]}.union(*PROJECT["optional-dependencies"].values())
+    assert {f"{name}>={least}" for name, least in needed.items()} <= required
 
 
 @pytest.mark.slow

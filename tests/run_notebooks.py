@@ -1,4 +1,4 @@
-"""Runs the notebooks: ``python tests/notebooks.py [NAME ...]`` stores the outputs of all or some.
+"""Runs all or some notebooks and stores outputs: ``python tests/run_notebooks.py [NAME ...]``.
 
 A notebook is a script in the percent format, which is what one edits, and an ``.ipynb`` of the same
 name with the script's cells and what they put out.
