@@ -1,10 +1,15 @@
 """The notebooks: pairs of a script and its outputs, which run from a new kernel."""
 
+import importlib.metadata
+import importlib.util
 import json
 import re
 import time
 import tomllib
+import types
 
+import IPython
+import jax
 import jupytext
 import nbformat
 import pytest
@@ -106,6 +111,43 @@ def test_that_cell_asks_for_what_the_project_requires():
     needed = json.loads(re.search(r"NEEDED = ({.*?})", text, re.S)[1])
     required = {*PROJECT["dependencies"]}.union(*PROJECT["optional-dependencies"].values())
     assert {f"{name}>={least}" for name, least in needed.items()} <= required
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Runs the first cell; the commands that it gave to IPython. Versions are as in Colab."""
+    commands, versions = [], {}
+    shell = types.SimpleNamespace(run_line_magic=lambda *command: commands.append(command))
+    known = importlib.metadata.version
+    monkeypatch.setattr(IPython, "get_ipython", lambda: shell)
+    monkeypatch.setattr(importlib.metadata, "version",
+                        lambda name: versions.get(name) or known(name))
+
+    def run(lionax_is_there=True, **old):
+        versions.update(old)
+        if not lionax_is_there:
+            monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        exec(code(stored(SCRIPTS[0]))[0], {})
+        return commands
+
+    return run
+
+
+def test_that_cell_installs_nothing_where_all_is_there(installed):
+    assert installed() == []
+
+
+def test_that_cell_installs_what_is_missing_or_too_old(installed):
+    ((magic, arguments),) = installed(lionax_is_there=False, jax="0.7.2")
+    assert magic == "pip"
+    assert arguments == f'install -q "jax>=0.10" "lionax @ git+{REPOSITORY}"'
+
+
+def test_that_cell_asks_for_a_restart_if_what_is_loaded_is_too_old(installed, monkeypatch):
+    monkeypatch.setattr(jax, "__version__", "0.7.2")
+    with pytest.raises(RuntimeError, match=r"jax 0\.7\.2 is loaded, 0\.10 is needed\. Choose "
+                                           r"Runtime > Restart session"):
+        installed()
 
 
 @pytest.mark.slow
