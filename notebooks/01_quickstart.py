@@ -256,7 +256,7 @@ plt.show()
 # ## Why lionax
 #
 # `lionax.plan` compiles a step without running it, and asks XLA what it costs. It needs
-# shapes only, so a large model costs nothing. These are the weight matrices of a
+# shapes only, so a large model takes no memory. These are the weight matrices of a
 # transformer with 12 layers:
 
 # %%
@@ -286,8 +286,8 @@ for name, step in {"Optax": optax_step, "lionax": lionax.lion(1e-4).step}.items(
 # %% [markdown]
 # - **Lean.** On a CPU the options spare a copy of the momentum, four bytes for each
 #   parameter. They are plain options of XLA, so they help Optax, too.
-# - **Told.** Which rule acts on which leaf, what a step costs and what it did are
-#   questions with an answer: `summary`, `plan`, `metrics`.
+# - **Inspectable.** `summary` shows which rule acts on which leaf, `plan` what a step
+#   costs, `metrics` what it did.
 # - **Compatible.** Each piece is an Optax transformation. Optax's schedules and
 #   transformations work in `lionax.chain`, and lionax's in `optax.chain`.
 # - **Exact.** The numbers are those of the reference optimizers.
