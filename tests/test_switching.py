@@ -209,6 +209,15 @@ def test_a_run_of_optax_goes_on_and_comes_back(name, rate):
         assert_trees_close(state, alone_state, 10 * rtol)
 
 
+def test_a_state_that_comes_back_can_be_donated():
+    """Optax counts twice, in the optimizer and in its schedule."""
+    theirs, params = optax.lamb(SCHEDULE), {"w": jnp.ones(3)}
+    state = to_optax(lionax.lamb(SCHEDULE).init(params), theirs.init(params))
+    step = jax.jit(optax_step(theirs), donate_argnums=(0, 1))
+    _, state = step(params, state, {"w": jnp.ones(3)})
+    assert [int(count) for _, count in optax.tree.get_all_with_path(state, "count")] == [1, 1]
+
+
 def test_states_that_do_not_match():
     params = {"w": jnp.ones(3)}
     state = lionax.lion(0.1).init(params)

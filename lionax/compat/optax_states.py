@@ -92,8 +92,10 @@ def to_optax(state: State, into: Any) -> Any:
         raise TypeError(f"{owner}: state is a {type(state).__name__}, not a lionax State")
 
     def count(node: Any) -> Any:
-        return node._replace(count=storage.in_place_of(state.count, node.count)) if isinstance(
-            node, _COUNTERS) else node
+        if not isinstance(node, _COUNTERS):
+            return node
+        # a copy for each: a step that donates the state may donate no buffer twice
+        return node._replace(count=storage.in_place_of(jnp.copy(state.count), node.count))
 
     return jax.tree.map(count, _filled(into, _moments(state.rules, owner), owner),
                         is_leaf=_is_known)
