@@ -148,7 +148,7 @@ CASES: dict[str, Case] = {
     "monitor": Case("monitor", lambda: lionax.monitor(
         lionax.chain(lionax.clip_by_global_norm(1.0), lionax.lion(0.1)))),
     "monitor_conditional": Case("monitor", lambda: lionax.monitor(lionax.dynamic_loss_scale(
-        lionax.accumulate(lionax.lamb(0.1), 2), 4.0, 3), every=3)),
+        lionax.accumulate(lionax.sgd(0.1, 0.9), 2), 4.0, 3), every=3)),
     "unscale": Case("unscale", lambda: lionax.unscale(128.0)),
     "identity": Case("identity", lionax.identity, optax.identity),
     "set_to_zero": Case("set_to_zero", lionax.set_to_zero, optax.set_to_zero),

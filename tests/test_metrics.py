@@ -68,7 +68,7 @@ def test_trust_ratios_are_those_of_the_leaves():
     params, tx = {"a": jnp.full(4, 3.0), "b": jnp.full(1, 8.0), "c": jnp.ones(9)}, lionax.monitor(
         lionax.chain(lionax.scale_by_trust_ratio(), lionax.scale_by_learning_rate(0.1)))
     grads = jax.tree.map(jnp.ones_like, params)
-    _, state = tx.step(params, tx.init(params), grads)
+    _, state = jax.jit(tx.step)(params, tx.init(params), grads)
     found = lionax.metrics(state)
     assert [round(float(found[f"trust_ratio_{x}"]), 4) for x in ("min", "median", "max")] == [
         1.0, 3.0, 8.0]
@@ -84,7 +84,7 @@ def test_signs_that_changed_since_the_last_step():
     assert changes == [0.0, 0.25, 0.5]
 
 
-@pytest.mark.parametrize("jitted", [True, False])
+@pytest.mark.parametrize("jitted", cases.but_for_fast([True, False], False))
 def test_every_third_step_compares_with_the_step_before_it(jitted):
     rare, often = (lionax.monitor(lionax.lion(0.1), every=n) for n in (3, 1))
     for steps in (3, 6):  # the steps in which both measure

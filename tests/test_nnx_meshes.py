@@ -32,7 +32,8 @@ def specs(model, optimizer):
     return [(tuple(leaf.sharding.spec) + (None,) * leaf.ndim)[:leaf.ndim] for leaf in found]
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("axis_type", cases.but_for_fast([AxisType.Auto, AxisType.Explicit],
+                                                         AxisType.Auto))
 @pytest.mark.parametrize(("metadata", "of_slots"), [
     ({}, (None, "model")), ({"optimizer_sharding": ("data", "model")}, ("data", "model"))])
 def test_the_sharding_of_the_metadata_holds_before_and_after_a_step(metadata, of_slots, axis_type):

@@ -55,7 +55,8 @@ def trained(tx):
     return params, state
 
 
-@pytest.mark.parametrize("saved", [through_pickle, through_orbax])
+@pytest.mark.parametrize("saved", cases.but_for_fast([through_pickle, through_orbax],
+                                                     through_pickle))
 @pytest.mark.parametrize("back", [False, True], ids=["forth", "back"])
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_both_definitions_have_is_taken_over(name, back, saved, tmp_path):
