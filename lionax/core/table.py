@@ -32,7 +32,7 @@ class Table:
         """The table for a notebook."""
 
         def row(cells: Sequence[str], tag: str) -> str:
-            style = ' style="text-align:left"'
+            style = ' style="text-align:left;padding:0.1em 1.5em 0.1em 0"'
             inside = "".join(f"<{tag}{style}>{html.escape(cell)}</{tag}>" for cell in cells)
             return f"<tr>{inside}</tr>"
 
@@ -40,7 +40,8 @@ class Table:
                         for lines in (self.above, self.below))
         body = "".join(row(cells, "td") for cells in self.rows)
         head = f"<thead>{row(self.columns, 'th')}</thead>" if self.columns else ""
-        return f"{above}<table>{head}<tbody>{body}</tbody></table>{below}"
+        table = f"<table>{head}<tbody>{body}</tbody></table>"
+        return f'{above}<div style="overflow-x:auto">{table}</div>{below}'
 
     def rich(self) -> Any:
         """What ``rich`` prints."""
