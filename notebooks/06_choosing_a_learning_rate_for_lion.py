@@ -251,5 +251,6 @@ for batch in BATCHES:
 # - AdamW ends at a lower loss with every batch: 0.065, 0.066 and 0.086 against Lion's 0.074,
 #   0.084 and 0.108. The best cell was chosen on the held-out images, for both.
 #
-# This is one small model on 1000 images with three seeds. What to take from it is where to look:
-# start Lion's sweep at a fifth of AdamW's rate with five times its decay, and vary both.
+# This is one small model on 1000 images with three seeds. Long runs amplify rounding, so single
+# cells differ a little from one version of JAX to another. What to take from the maps is where to
+# look: start Lion's sweep at a fifth of AdamW's rate with five times its decay, and vary both.
