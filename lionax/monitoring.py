@@ -20,7 +20,7 @@ __all__ = ["LeafSummary", "Plan", "Summary", "plan", "summary"]
 _COSTS = ("bytes accessed", "bytes accessedout{}", "flops")  # as XLA calls them
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Plan(Shown):
     """How a transformation runs over a parameter tree; made by `plan`. It prints as a table.
 
@@ -101,7 +101,7 @@ class LeafSummary:
     state_bytes: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Summary(Shown):
     """Which rules act on which leaf, and what is kept of it; made by `summary`."""
 

@@ -26,7 +26,7 @@ import sys
 from IPython import get_ipython
 from packaging.version import Version
 
-NEEDED = {"jax": "0.10", "optax": "0.2.8", "flax": "0.12", "keras": "3.15",
+NEEDED = {"jax": "0.10", "optax": "0.2.8", "flax": "0.12.7", "keras": "3.15",
           "matplotlib": "3.8", "scikit-learn": "1.4"}
 
 

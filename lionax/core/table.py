@@ -62,7 +62,7 @@ class Shown:
         """The table."""
         raise NotImplementedError
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return self.table().text()
 
     def _repr_html_(self) -> str:
