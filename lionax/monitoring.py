@@ -1,7 +1,10 @@
 """What a transformation costs and does, before it runs: `plan` and `summary`."""
 
 import dataclasses
+import functools
 import math
+import operator
+from collections import Counter
 from typing import Any
 
 import jax
@@ -112,16 +115,18 @@ class Summary(Shown):
 
     def table(self) -> Table:
         """A row for each leaf. Rules that act on all stand above."""
-        everywhere = [name for name in (self.leaves[0].rules if self.leaves else ())
-                      if all(name in leaf.rules for leaf in self.leaves)]
+        counts = [Counter(leaf.rules) for leaf in self.leaves]
+        everywhere = functools.reduce(operator.and_, counts, counts[0] if counts else Counter())
+        further = [leaf_rules - everywhere for leaf_rules in counts]
         rows = [(leaf.path or "(the array)", str(leaf.shape).replace(" ", ""), leaf.dtype,
-                 ", ".join(name for name in leaf.rules if name not in everywhere) or "–",
-                 ", ".join(leaf.state) or "–", in_bytes(leaf.state_bytes)) for leaf in self.leaves]
+                 ", ".join(others.elements()) or "–", ", ".join(leaf.state) or "–",
+                 in_bytes(leaf.state_bytes))
+                for leaf, others in zip(self.leaves, further, strict=True)]
         own = self.state_bytes - sum(leaf.state_bytes for leaf in self.leaves)
         each = f"{self.state_bytes / self.parameters:.2f}" if self.parameters else "–"
         return Table(
             ("leaf", "shape", "dtype", "further rules", "state", "bytes"), rows,
-            [f"on every leaf: {', '.join(everywhere) or 'nothing'}"],
+            [f"on every leaf: {', '.join(everywhere.elements()) or 'nothing'}"],
             [f"leaves: {len(self.leaves)}; parameters: {self.parameters:,}, "
              f"{in_bytes(self.parameter_bytes)}",
              f"state: {in_bytes(self.state_bytes)}, {each} bytes per parameter; of no leaf: "

@@ -28,7 +28,7 @@ def kept(tree):
     """The arrays that a step reads: all but measurements, which it replaces without a look."""
     measured = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, MonitorState))
     measured = {id(leaf) for node in measured if isinstance(node, MonitorState)
-                for leaf in jax.tree.leaves(node.values)}
+                for leaf in jax.tree.leaves((node.values, node.age))}
     return [leaf for leaf in jax.tree.leaves(tree) if leaf.size and id(leaf) not in measured]
 
 

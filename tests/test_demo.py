@@ -113,7 +113,10 @@ def test_an_interrupt_at_any_time_leaves_no_traceback(tmp_path):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--optimizers", "adam"], "adam: give some of lion,lamb,sgd,adamw"),
     (["--steps", "0"], "'0' is not a number of steps"),
-    (["--out", "no/such/folder.png"], "does not exist")])
+    (["--seed", "-1"], "'-1' is not a number of at least 0"),
+    (["--out", "no/such/folder.png"], "does not exist"), (["--out", "x.foo"], "curves.png"),
+    (["--out", "tests"], "not the name of a PNG"),
+    (["--resume", "README.md"], "is not a folder")])
 def test_bad_options(arguments, message, capsys):
     with pytest.raises(SystemExit) as exit_:
         command.main(["demo", *arguments])

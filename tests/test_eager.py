@@ -130,3 +130,15 @@ def test_inputs_that_are_not_jax_arrays():
     assert float(update) == pytest.approx(-0.1001)
     rate = jax.jit(lambda rate: lionax.sgd(rate).update(PARAMS, lionax.sgd(rate).init(PARAMS))[0])
     cases.assert_close(rate(2.0), jax.tree.map(lambda p: -2.0 * p, PARAMS))
+
+
+@pytest.mark.parametrize("make", [
+    lambda: lionax.monitor(lionax.lion(0.1)), lambda: lionax.accumulate(lionax.sgd(0.1), 2),
+    lambda: lionax.skip_nonfinite(lionax.lamb(0.1), 2)])
+def test_outside_of_jit_on_an_explicit_mesh(make):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x", "y"))
+    tx, params = make(), jax.device_put(jnp.ones((8, 8)), sharding)
+    new, _ = tx.step(params, tx.init(params), params)
+    alone, _ = tx.step(jnp.ones((8, 8)), tx.init(jnp.ones((8, 8))), jnp.ones((8, 8)))
+    assert jnp.allclose(jax.device_get(new), alone)

@@ -106,7 +106,7 @@ def test_sizes():
     assert len(lines(MODULES["core.norms"])) <= 125
     shown = ["core.table", "core.inspection", "transforms.measuring", "monitoring"]
     assert sum(len(lines(MODULES[name])) for name in OWN if name not in shown) <= 3210
-    assert sum(len(lines(MODULES[name])) for name in shown) <= 590
+    assert sum(len(lines(MODULES[name])) for name in shown) <= 625
 
 
 SOURCES = sorted(path for folder in ("lionax", "tests", "benchmarks", "docs")

@@ -251,6 +251,9 @@ def test_flax_serializes_a_state():
     flax_serialization = pytest.importorskip("flax.serialization")
     state = lionax.set_hyperparams(lionax.lion(0.1).init(PARAMS), learning_rate=0.5)
     data = flax_serialization.to_bytes(state)
+    assert isinstance(state.hyperparameters.values["learning_rate"], jax.Array)  # as before
+    with pytest.raises(ValueError, match="b1"):  # a file of other names
+        flax_serialization.from_bytes(lionax.lion(0.1, b1=lionax.inject(0.9)).init(PARAMS), data)
     restored = flax_serialization.from_bytes(lionax.lion(0.1).init(PARAMS), data)
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     assert float(lionax.get_hyperparams(restored)["learning_rate"]) == 0.5

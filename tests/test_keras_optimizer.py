@@ -217,6 +217,21 @@ def test_layers_frozen_after_compile_stay_bit_for_bit(run_eagerly):
     assert not np.array_equal(weights(model)["hidden/kernel"], after["hidden/kernel"])
 
 
+def test_momenta_are_those_of_their_weights_where_loading_gives_other_paths(tmp_path):
+    first = keras.layers.Dense(3, name="embed")
+    first.build((None, 3))  # its path lacks the model's name until it is loaded
+    model = keras.Sequential([first, keras.layers.Dense(3, name="attn")])
+    model.build((None, 3))
+    model.compile(Optimizer(lionax.lion(0.1)), loss="mse")
+    x = np.random.default_rng(0).normal(size=(32, 3)).astype(np.float32)
+    model.fit(x, x, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for old, new in zip(model.trainable_variables, loaded.trainable_variables, strict=True):
+        mu = [m.optimizer.state.rules[0].mu[v.path] for m, v in ((model, old), (loaded, new))]
+        cases.assert_equal(*mu)
+
+
 def test_a_model_saved_before_training_loads(tmp_path):
     model = compiled(Optimizer(lionax.lion(1e-2)))
     model.optimizer.learning_rate = 0.5

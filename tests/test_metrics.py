@@ -64,6 +64,35 @@ def test_what_a_clip_did():
     assert found["clipped"] == pytest.approx(np.mean(np.abs(values) > 0.5))
 
 
+def test_a_clip_of_a_zero_gradient_and_of_nan():
+    tx = lionax.monitor(lionax.chain(lionax.clip(1.0), lionax.sgd(0.1)))
+    params = {"w": jnp.ones(3), "b": jnp.ones(1)}
+    step = jax.jit(tx.step)
+    _, state = step(params, tx.init(params), {"w": jnp.array([1.0, -2.0, 0.0]), "b": jnp.zeros(1)})
+    assert float(lionax.metrics(state)["clip_factor"]) == pytest.approx(0.4**0.5)
+    _, state = step(params, tx.init(params), {"w": jnp.full(3, jnp.nan), "b": jnp.zeros(1)})
+    assert float(lionax.metrics(state)["clipped"]) == 0.0
+
+
+def test_zeros_make_no_nan():
+    params = jax.tree.map(jnp.zeros_like, PARAMS)
+    tx = lionax.monitor(lionax.chain(lionax.clip(1.0), lionax.lamb(0.1)), groups={"bias": "b"})
+    with jax.debug_nans(True):
+        _, state = jax.jit(tx.step)(params, jax.jit(tx.init)(params), params)
+    assert float(lionax.metrics(state)["update_to_parameter"]) == 0.0
+
+
+def test_what_was_not_measured_yet_is_nan():
+    tx = lionax.monitor(lionax.accumulate(lionax.sgd(0.1), 4))
+    _, state = tx.step(PARAMS, tx.init(PARAMS), GRADS[0])
+    found = lionax.metrics(state)
+    assert np.isnan(float(found["accumulated_gradient_norm"]))
+    assert float(found["gradient_norm"]) == pytest.approx(norm(GRADS[0]), rel=1e-6)
+    moved = lionax.cast_state(lionax.sgd(0.1).init(PARAMS), lionax.monitor(lionax.sgd(0.1)).init(
+        PARAMS))
+    assert np.isnan(float(lionax.metrics(moved)["gradient_norm"]))
+
+
 def test_trust_ratios_are_those_of_the_leaves():
     params, tx = {"a": jnp.full(4, 3.0), "b": jnp.full(1, 8.0), "c": jnp.ones(9)}, lionax.monitor(
         lionax.chain(lionax.scale_by_trust_ratio(), lionax.scale_by_learning_rate(0.1)))
@@ -119,7 +148,7 @@ def test_gradients_inside_of_conditionals_have_names_of_their_own():
     assert float(found["unscaled_gradient_norm"]) == 20.0
     assert float(found["accumulated_gradient_norm"]) == 10.0  # the mean of 5, 10 and 15
     assert float(found["update_norm"]) == 5.0
-    assert ages == [1, 2, 0, 1]
+    assert ages == [-1, -1, 0, 1]
 
 
 def test_groups_by_path():

@@ -5,6 +5,7 @@ import io
 import cases
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 import rich.console
 
@@ -119,6 +120,26 @@ def test_every_summary_counts_all_bytes_and_every_state_has_a_short_repr(case):
     jax.eval_shape(lambda state: repr(state) and state, state)  # tracers have no values
 
 
+def test_counters_belong_to_no_leaf_and_a_rule_may_act_twice():
+    (row,) = lionax.summary(lionax.accumulate(lionax.sgd(0.1), 2), jnp.ones(3)).leaves
+    assert row.state == ("live int32", "gradients float32")
+    params = {"a": {"b/c": jnp.ones(2)}, "a/b": {"c": jnp.ones(3)}}
+    found = lionax.summary(lionax.lion(0.1), params)
+    assert sorted(leaf.state_bytes for leaf in found.leaves) == [8, 12]
+    twice = lionax.chain(lionax.clip(1.0), lionax.masked(lionax.clip(2.0), lionax.matching("bias")))
+    (row,) = [line for line in str(lionax.summary(twice, PARAMS)).splitlines() if "bias" in line]
+    assert row.split()[3] == "clip"
+
+
+def test_a_state_of_other_things_than_arrays_has_a_repr():
+    tx = lionax.chain(optax.add_noise(0.1, 0.1, 0), lionax.lion(0.1))
+    state = tx.init(PARAMS)
+    for other in (state, jax.tree.map(lambda x: x.sharding, state),
+                  jax.tree.map(lambda x: True, state)):
+        assert "ScaleByLionState.mu" in repr(other)
+        assert "ScaleByLionState" in other._repr_html_()
+
+
 def test_plans_summaries_and_states_are_tables_in_a_notebook_and_in_rich():
     tx = lionax.lion(1e-3)
     for shown in (lionax.plan(tx, PARAMS), lionax.summary(tx, PARAMS)):
@@ -133,6 +154,7 @@ def test_plans_summaries_and_states_are_tables_in_a_notebook_and_in_rich():
 
 
 @pytest.mark.parametrize(("number", "text"), [
-    (0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (392_500_000, "392.5 MB"), (7e15, "7000.0 TB")])
+    (0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (999_999, "1.0 MB"), (392_500_000, "392.5 MB"),
+    (7e15, "7000.0 TB")])
 def test_bytes_have_a_unit(number, text):
     assert in_bytes(number) == text

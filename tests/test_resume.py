@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax.training.train_state import TrainState
 
 import lionax
 
@@ -147,3 +148,20 @@ def test_an_assigned_rate_serves_all_new_groups():
 def test_a_state_of_optax_is_refused_with_the_way():
     with pytest.raises(TypeError, match=r"holds no state of lionax; .*compat\.from_optax"):
         lionax.cast_state(optax.lion(0.1).init(PARAMS), lionax.lion(0.1).init(PARAMS))
+
+
+def test_a_random_key_in_the_state_is_taken_over():
+    noisy = lionax.chain(optax.add_noise(0.1, 0.1, 0), lionax.sgd(0.1))
+    state = noisy.init(PARAMS)
+    moved = lionax.cast_state(state, lionax.chain(lionax.clip(1.0), noisy).init(PARAMS))
+    assert "key" in str([leaf.dtype for leaf in jax.tree.leaves(moved)])
+
+
+def test_a_train_state_of_flax_goes_on():
+    params = {"w": jnp.ones(2)}
+    old, new = (TrainState.create(apply_fn=None, params=params, tx=tx) for tx in (
+        lionax.lion(0.1), lionax.chain(lionax.clip(1.0), lionax.lion(0.1, mu_dtype="bfloat16"))))
+    old = old.apply_gradients(grads=params)
+    moved = lionax.cast_state(old, new)
+    assert int(moved.opt_state.count) == 1
+    assert moved.opt_state.rules[1].mu["w"].dtype == jnp.bfloat16

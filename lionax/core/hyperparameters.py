@@ -70,13 +70,19 @@ class Hyperparameters:
 
 
 def register_with_flax() -> None:
-    """Lets ``flax.serialization`` save the node, if Flax is there."""
+    """Lets ``flax.serialization`` save the node, if Flax was imported by now."""
     flax = sys.modules.get("flax.serialization")
-    if flax is not None:
-        flax.register_serialization_state(
-            Hyperparameters,
-            lambda node: {"values": node.values, "assigned": node.assigned},
-            lambda node, saved: dataclasses.replace(node, **saved), override=True)
+    if flax is None:
+        return
+
+    def saved(node: Hyperparameters) -> dict[str, Any]:
+        # Copies: Flax converts what it gets in place.
+        return {"values": dict(node.values), "assigned": dict(node.assigned)}
+
+    flax.register_serialization_state(
+        Hyperparameters, saved,
+        lambda node, state: dataclasses.replace(node, **flax.from_state_dict(saved(node), state)),
+        override=True)
 
 
 def flag(name: str) -> str:
@@ -232,7 +238,7 @@ def _found(state: Any) -> dict[tuple[Any, str], str]:
 
 
 def names_in_state(held: list[tuple[Any, str]]) -> list[str]:
-    """A name for each (keys, name): qualified by its groups, and where that is not enough by all.
+    """A name for each (keys, name): qualified by its groups; by all keys if two would be equal.
 
     Groups are the dict keys below a field of a state: labels, and names in a chain.
     """

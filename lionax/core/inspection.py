@@ -20,6 +20,7 @@ class HeldArray(NamedTuple):
 
     scope: Any  # keys of the nearest State above
     slot: tuple[str, str, str]  # class of the rule's state, field, path of the parameter
+    keys: Keys  # the parts of the path
     leaf: Any  # the array
 
 
@@ -36,24 +37,43 @@ def _held(state: Any, keys: Any, names: Keys, leaf: Any) -> HeldArray:
     """Goes down chains, groups and conditionals to the state of a rule."""
     node, scope = state, ()
     for depth, key in enumerate(keys):
-        name, is_state = getattr(key, "name", ""), type(node).__name__ == "State"
+        name, is_state = getattr(key, "name", ""), _is_state(node)
         if is_state:
             scope = keys[:depth]
-        is_way = name == ("rules" if is_state else "inner")
+        is_way = name == ("rules" if is_state else "inner") or (
+            not is_state and _holds_state(getattr(node, name, None)))
         if not (is_way or isinstance(key, DictKey | SequenceKey)):
-            return HeldArray(scope, (type(node).__name__, name, "/".join(names[depth + 1:])), leaf)
+            own = names[depth + 1:]
+            return HeldArray(scope, (type(node).__name__, name, "/".join(own)), own, leaf)
         node = getattr(node, name) if is_way else node[key.key if isinstance(key, DictKey) else
                                                        key.idx]
-    return HeldArray(scope, ("", "", jax.tree_util.keystr(keys)), leaf)
+    return HeldArray(scope, ("", "", jax.tree_util.keystr(keys)), names, leaf)
+
+
+def _is_state(node: Any) -> bool:
+    return type(node).__name__ == "State"
+
+
+def _holds_state(node: Any) -> bool:
+    """Whether there is a State in a node, such as Flax's train state or a wrapper of Optax's."""
+    return any(map(_is_state, jax.tree.leaves(node, is_leaf=_is_state)))
 
 
 def contents_by_leaf(state: Any, leaves: Leaves) -> list[list[tuple[str, Any]]]:
-    """For each leaf the fields that a state holds for it, and their arrays."""
+    """For each leaf the fields that a state holds for it, and their arrays.
+
+    Such a field is a tree with the paths of the parameters, some of which may be masked.
+    """
     found = defaultdict(list)
     for held in contents(state):
-        if held.slot[0] != "State":
-            found[held.slot[2]].append((held.slot[1], held.leaf))
-    return [found[path] for path in leaves.paths]
+        if held.slot[0] not in ("", "State"):
+            found[held.keys].append((held.slot[1], held.leaf))
+    if leaves.keys != [()]:
+        return [found[keys] for keys in leaves.keys]
+    # One array: a counter has its empty path, too.
+    shape = jnp.shape(leaves.values[0])
+    return [[(field, array) for field, array in found[()]
+             if field in ("live", "gradients") or array.shape == shape != ()]]
 
 
 def contents_table(state: Any) -> Table:
@@ -63,9 +83,10 @@ def contents_table(state: Any) -> Table:
         fields[held.slot[:2]].append(held.leaf)
     rows = []
     for (kind, field), arrays in fields.items():
-        dtypes = ", ".join(sorted({jnp.dtype(array.dtype).name for array in arrays}))
-        size = sum(array.size * array.dtype.itemsize for array in arrays)
-        rows.append((kind, field, f"{len(arrays)} {dtypes}", in_bytes(size)))
+        # A state may be mapped to shardings, bools or names.
+        kinds = sorted({str(getattr(array, "dtype", type(array).__name__)) for array in arrays})
+        size = sum(array.size * array.dtype.itemsize for array in arrays if hasattr(array, "dtype"))
+        rows.append((kind, field, f"{len(arrays)} {', '.join(kinds)}", in_bytes(size)))
     return Table(("state", "field", "arrays", "bytes"), rows)
 
 

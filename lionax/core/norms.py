@@ -34,7 +34,11 @@ def joint_norm(arrays: Sequence[jax.Array]) -> jax.Array:
 
 def fused_norms(groups: Sequence[Sequence[jax.Array]]) -> tuple[jax.Array, ...]:
     """The norm of each group, without a branch for which arrays are kept, and no derivative."""
-    parts = lax.stop_gradient(tuple(map(_real_parts, groups)))
+    return _fused(lax.stop_gradient(tuple(map(_real_parts, groups))))
+
+
+@jax.jit
+def _fused(parts: Groups) -> tuple[jax.Array, ...]:
     if compute_dtype(*jax.tree.leaves(parts)) == jnp.float64:
         return in_three_sums(parts)
     return lax.platform_dependent(parts, cpu=in_float64, default=in_three_sums)
@@ -163,6 +167,7 @@ def _by_halves(values: Sequence[jax.Array]) -> jax.Array:
     """A sum whose error grows with the logarithm of the number of values."""
     rows = jnp.stack(values)
     while len(rows) > 1:
-        odd = rows[:1] if len(rows) % 2 else rows[:0]
-        rows = jnp.concatenate([rows[len(odd)::2] + rows[len(odd) + 1::2], odd])
+        first = len(rows) % 2
+        halves = rows[first::2] + rows[first + 1::2]
+        rows = jnp.concatenate([halves, rows[:1]]) if first else halves
     return rows[0]

@@ -90,7 +90,9 @@ def in_place_of(value: Any, old: Any) -> Any:
     """A value with the dtype, shape, sharding and container of the array that it replaces."""
 
     def one(array):
-        new = jnp.broadcast_to(jnp.asarray(value).astype(array.dtype), array.shape)
+        new, dtype = jnp.asarray(value), jnp.result_type(array)
+        is_key = jnp.issubdtype(dtype, jax.dtypes.extended)
+        new = jnp.broadcast_to(new if is_key else new.astype(dtype), jnp.shape(array))
         is_placed = isinstance(array, jax.Array) and not isinstance(array, Tracer)
         if is_placed and array.committed and not isinstance(new, Tracer):
             return jax.device_put(new, array.sharding)

@@ -1,7 +1,6 @@
 """Tables for people: text in a terminal, HTML in a notebook."""
 
 import html
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +73,8 @@ class Shown:
 
 def in_bytes(number: float) -> str:
     """A number of bytes with its unit: ``392.5 MB``."""
-    if number < 1000:
-        return f"{number:.0f} B"
-    power = min(int(math.log10(number)) // 3, 4)
-    return f"{number / 1000**power:.1f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"
+    power = 0
+    while number >= 999.95 and power < 4:
+        number, power = number / 1000, power + 1
+    unit = ("B", "kB", "MB", "GB", "TB")[power]
+    return f"{number:.1f} {unit}" if power else f"{number:.0f} B"

@@ -4,12 +4,16 @@ import argparse
 import importlib.metadata
 import os
 import pathlib
+import signal
 import sys
+import threading
 from collections.abc import Sequence
+from typing import Any
 
 __all__ = ["main", "run"]
 
 INTERRUPTED = 130  # the exit status of a command that was stopped by Ctrl-C
+_interrupted = threading.Event()  # an interrupt inside of a callback of C++ raises nothing
 CHOICES = ("lion", "lamb", "sgd", "adamw")
 
 
@@ -25,6 +29,12 @@ def _names(text: str) -> list[str]:
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of steps, at least 1")
+    return int(text)
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
     return int(text)
 
 
@@ -45,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
                       help=f"comma-separated, out of {','.join(CHOICES)} (adamw is Optax's)")
     demo.add_argument("--steps", type=_positive, default=800,
                       help="training steps with each optimizer")
-    demo.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
+    demo.add_argument("--seed", type=_natural, default=0, help="of the weights and the batches")
     demo.add_argument("--out", type=pathlib.Path, default=pathlib.Path("lionax-demo.png"),
                       help="where to save the curves, as a PNG")
     demo.add_argument("--resume", type=pathlib.Path, metavar="DIR",
@@ -59,13 +69,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     try:
         return _run(_parser().parse_args(arguments))
+    except BrokenPipeError:  # such as `lionax info | head -2`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return INTERRUPTED
 
 
+def _interrupt(number: int, frame: Any) -> None:
+    _interrupted.set()
+    raise KeyboardInterrupt
+
+
 def run() -> None:
     """Runs the command line and ends the process."""
+    signal.signal(signal.SIGINT, _interrupt)
     status = main()
     if status == INTERRUPTED:
         # Python's own end may crash (jaxlib 0.10.2) if the interrupt came while JAX compiled.
@@ -85,6 +104,11 @@ def _run(options: argparse.Namespace) -> int:
     if not options.out.parent.is_dir():
         sys.exit(f"lionax demo: --out {options.out}: the folder {options.out.parent} does not "
                  "exist")
+    if options.out.is_dir() or options.out.suffix != ".png":
+        sys.exit(f"lionax demo: --out {options.out}: not the name of a PNG; give one such as "
+                 "curves.png")
+    if options.resume is not None and options.resume.exists() and not options.resume.is_dir():
+        sys.exit(f"lionax demo: --resume {options.resume}: is not a folder")
     try:
         import flax  # noqa: F401
         import matplotlib  # noqa: F401
@@ -143,6 +167,8 @@ def _demo(options: argparse.Namespace) -> int:
                                           options.resume):
                     if run not in runs:
                         runs.append(run)
+                    if _interrupted.is_set():
+                        raise KeyboardInterrupt
                     progress.update(tasks[name], completed=run.steps[-1],
                                     loss=f"{run.validation[-1]:.3f} bits per character")
         milliseconds = training.optimizer_milliseconds(txs, corpus)

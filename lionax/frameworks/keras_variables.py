@@ -50,8 +50,9 @@ class StateOptimizer(keras.optimizers.Optimizer):
             state = _with_rate(state, self._learning_rate.value)
             rates = list(_rates(state).values())
         leaves, self._treedef = jax.tree_util.tree_flatten_with_path(state)
-        self._slots = [self._learning_rate if any(leaf is rate for rate in rates) else
-                       self._slot(keys, leaf, params) for keys, leaf in leaves]
+        slots = {keys: self._learning_rate if any(leaf is rate for rate in rates) else
+                 self._slot(keys, leaf, params) for keys, leaf in _in_order_of(params, leaves)}
+        self._slots = [slots[keys] for keys, _ in leaves]
         super().build(variables)
 
     def _slot(self, keys: Any, leaf: jax.Array, params: Mapping[str, Any]) -> Any:
@@ -153,6 +154,22 @@ class StateOptimizer(keras.optimizers.Optimizer):
                                  "keras.saving.load_model(path, compile=False)")
         for key, variable in ours.items():
             variable.assign(saved[key])
+
+
+def _in_order_of(params: Mapping[str, Any], leaves: list[Any]) -> list[Any]:
+    """The arrays of each field in the order of the model, as Keras saves variables by number.
+
+    The paths, and so their order in the state, are others after the model was loaded.
+    """
+    numbers, fields = {path: i for i, path in enumerate(params)}, {}
+
+    def place(pair: Any) -> tuple[int, int]:
+        *above, last = pair[0]
+        path = getattr(last, "key", "")
+        field = tuple(above) if path in numbers else pair[0]
+        return fields.setdefault(field, len(fields)), numbers.get(path, 0)
+
+    return sorted(leaves, key=place)
 
 
 def _copy_of(leaf: jax.Array, shape: Any, dtype: Any) -> jax.Array:

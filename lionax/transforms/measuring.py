@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lionax.core import engine, norms
+from lionax.core import engine, norms, storage
 from lionax.core.definition import Combination, Conditional
 from lionax.core.hyperparameters import check_count, get_hyperparams, names_in_state
 from lionax.core.layout import Layout, Stage
@@ -17,7 +17,7 @@ from lionax.core.masks import PathLabels, PathMask, labels
 from lionax.core.rule import Definition, Step
 from lionax.core.state import init_state
 from lionax.core.transformation import Transformation, constructor
-from lionax.core.tree import Leaves, is_placeholder
+from lionax.core.tree import Leaves
 from lionax.core.varying import number_of_elements
 from lionax.transforms.adaptive import ScaleByTrustRatio
 from lionax.transforms.clipping import Clip, ClipByNorm
@@ -33,7 +33,8 @@ Values = dict[str, dict[str, jax.Array]]
 class MonitorState(NamedTuple):
     """The state of `Monitor`."""
 
-    values: Values  # float32 []: as they were taken last; "age" is int32 []
+    values: Values  # float32 []: as they were taken last; 0 at first
+    age: dict[str, jax.Array]  # int32 []: how many calls of the outermost monitor ago; -1 at first
     calls: jax.Array  # int32 []: how many steps were made
     signs: Any  # Lion's direction in the last step; the parameter's shape; int8
     inner: Any  # the state of the transformation that is measured
@@ -41,10 +42,10 @@ class MonitorState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Monitor(Conditional):
-    """The definition of `monitor`: the inner one always runs, after it was measured.
+    """The definition of `monitor`: the inner one always runs.
 
-    Measuring is a function of what a step gets, apart from the step. So a step in which nothing is
-    measured has nothing in it but a branch, and no array is kept to be measured.
+    Measuring runs beside the step, on the step's inputs. A step that is not measured costs one
+    branch and keeps no array.
     """
 
     inner: Definition
@@ -58,37 +59,42 @@ class Monitor(Conditional):
     def init(self, params: Any) -> MonitorState:
         leaves = Leaves.of(params, params)
         stages, is_whole = _measurable(Layout.of(self.inner, leaves))
-        names = _names(stages, is_whole)
-        values = {group: {self._name(name): jnp.zeros((), jnp.float32) for name in names}
+        names = [self._public(name) for name in _names(stages, is_whole)]
+        values = {group: {name: jnp.zeros((), jnp.float32) for name in names}
                   for group in self._groups(leaves)}
-        values[""][self._name("age")] = jnp.zeros((), jnp.int32)
         has_sign = [any(stage.active[leaf] for stage in stages
                         if isinstance(stage.rule, ScaleByLion)) for leaf in range(len(leaves.keys))]
         zeros = [jnp.zeros_like(x, dtype=jnp.int8) if here else None
                  for x, here in zip(leaves.values, has_sign, strict=True)]
-        return MonitorState(values, jnp.zeros((), jnp.int32), leaves.tree(zeros, has_sign),
+        return MonitorState(values, {f"{self.which}age": jnp.full((), -1, jnp.int32)},
+                            jnp.zeros((), jnp.int32), leaves.tree(zeros, has_sign),
                             init_state(self.inner, params))
 
     def open(self, updates: Any, state: MonitorState, params: Any,
              extra: Mapping[str, Any]) -> tuple[MonitorState, bool]:
         if not self.which:  # the outermost one counts for all
-            state = jax.tree.map(_aged, state, is_leaf=_is_values)
+            state = jax.tree.map(_aged, state, is_leaf=_is_monitor)
 
-        def measured(values: Values, signs: Any) -> tuple[Values, Any]:
-            arguments = (self.inner, updates, state.inner, params, dict(extra))
-            return self._measured(_Recorder(*arguments), state.calls, values, signs)
+        def recorded() -> _Recorder:
+            run = _Recorder(self.inner, updates, state.inner, params, dict(extra))
+            engine.transform(run, _measurable(run.layout)[0])
+            return run
 
+        def measured(values: Values, age: Any) -> tuple[Values, Any]:
+            return self._measured(recorded(), state), jax.tree.map(jnp.zeros_like, age)
+
+        def looked_at(signs: Any) -> tuple[Any]:
+            return (recorded().new_signs(signs),)
+
+        due, due_next = ((state.calls + n) % self.every == 0 for n in (1, 2))
         if self.every == 1:
-            values, signs = measured(state.values, state.signs)
-        else:
-            due = (state.calls + 1) % self.every == 0
-            (values,) = engine.branch(due, lambda old: measured(old, state.signs)[:1], state.values)
-            due_next, signs = (state.calls + 2) % self.every == 0, state.signs
-            if jax.tree.leaves(signs):  # to compare with in the next step
-                (signs,) = engine.branch(due_next, lambda old: measured(state.values, old)[1:],
-                                         signs)
+            due = due_next = True
+        values, age = engine.branch(due, measured, state.values, state.age)
+        signs = state.signs
+        if jax.tree.leaves(signs):  # to compare with in the next step
+            (signs,) = engine.branch(due_next, looked_at, signs)
         calls = jnp.asarray(optax.safe_increment(state.calls))
-        return state._replace(values=values, calls=calls, signs=signs), True
+        return state._replace(values=values, age=age, calls=calls, signs=signs), True
 
     def accepts(self, updates: Any, state: Any, params: Any, extra: Mapping[str, Any]) -> Any:
         return True
@@ -96,8 +102,8 @@ class Monitor(Conditional):
     def close(self, updates: Any, state: MonitorState, due: Any, accepted: Any) -> MonitorState:
         return state
 
-    def _name(self, name: str) -> str:
-        return f"{self.which}{name}" if name in ("gradient_norm", "nonfinite", "age") else name
+    def _public(self, name: str) -> str:
+        return f"{self.which}{name}" if name in ("gradient_norm", "nonfinite") else name
 
     def _groups(self, leaves: Leaves) -> dict[str, list[int]]:
         """The present leaves of each group, and of the whole tree."""
@@ -109,38 +115,27 @@ class Monitor(Conditional):
         return {"": present, **{group: [leaf for leaf in present if chosen[leaf] == group]
                                 for _, group in self.groups.rules}}
 
-    def _measured(self, run: "_Recorder", calls: jax.Array, values: Values,
-                  signs: Any) -> tuple[Values, Any]:
-        """The measurements of a step, and the signs of Lion's directions."""
+    def _measured(self, run: "_Recorder", state: MonitorState) -> Values:
+        """The measurements of a step."""
         stages, is_whole = _measurable(run.layout)
-        engine.transform(run, stages)
         groups = self._groups(run.grads)
-        old = run.grads.treedef.flatten_up_to(signs)
-        new = [old_sign if sign is None else sign
-               for old_sign, sign in zip(old, run.signs, strict=True)]
-        changed = {leaf: _count(a != b) for leaf, (a, b)
-                   in enumerate(zip(old, new, strict=True)) if not is_placeholder(a)}
         found = _norms_of(groups, run, is_whole)
+        changed = run.changed_signs(state.signs)
         for group, members in groups.items():
-            signed = [leaf for leaf in members if leaf in changed]
-            clipped = [leaf for leaf in members if leaf in run.clip_factors]
+            factors = [run.clip_factors[leaf] for leaf in members if leaf in run.clip_factors]
             ratios = [jnp.ravel(run.trust_ratios[leaf]) for leaf in members
                       if leaf in run.trust_ratios]
-            all_ratios = jnp.concatenate(ratios or [jnp.ones(1)])
+            factor = jnp.stack(factors or [jnp.ones((), jnp.float32)])
+            ratio = jnp.concatenate(ratios or [jnp.ones(1, jnp.float32)])
             found[group] |= {
                 "nonfinite": _nonfinite(found[group]["gradient_norm"], [
                     run.grads.values[leaf] for leaf in members]),
-                "sign_changes": jnp.where(calls == 0, 0.0, run.share(changed, signed)),
-                "clipped": run.share(run.clipped, clipped),
-                "clip_factor": jnp.min(jnp.stack([run.clip_factors[leaf] for leaf in clipped]
-                                                 or [jnp.ones((), jnp.float32)])),
-                "trust_ratio_min": jnp.min(all_ratios),
-                "trust_ratio_median": jnp.median(all_ratios),
-                "trust_ratio_max": jnp.max(all_ratios)}
-        taken = {group: {name: jnp.zeros((), jnp.int32) if name.endswith("age") else
-                         found[group][name.removeprefix(self.which)].astype(jnp.float32)
-                         for name in values[group]} for group in values}
-        return taken, run.grads.treedef.unflatten(new)
+                "sign_changes": jnp.where(state.calls == 0, 0.0, run.share(changed, members)),
+                "clipped": run.share(run.clipped, members), "clip_factor": jnp.min(factor),
+                "trust_ratio_min": jnp.min(ratio), "trust_ratio_median": jnp.median(ratio),
+                "trust_ratio_max": jnp.max(ratio)}
+        return {group: {self._public(name): found[group][name].astype(jnp.float32)
+                        for name in _names(stages, is_whole)} for group in groups}
 
 
 class _Recorder(engine.Run):
@@ -166,8 +161,9 @@ class _Recorder(engine.Run):
             factor = self._factor(stage, leaf, before, slots, tree_norms)
             self._clip(leaf, factor, jnp.where(factor < 1, number_of_elements(before), 0))
         elif isinstance(rule, Clip):
-            factor = norms.joint_norm([after]) / norms.joint_norm([before])
-            self._clip(leaf, factor, _count(before != after))
+            before = storage.load(before, self._dtype(leaf))
+            factor = _quotient(*(norms.joint_norm([x]) for x in (after, before)), at_zero=1.0)
+            self._clip(leaf, factor, _count((before != after) & ~jnp.isnan(before)))
 
     def _clip(self, leaf: int, factor: jax.Array, count: jax.Array) -> None:
         """Several clips of a leaf multiply their factors."""
@@ -186,9 +182,22 @@ class _Recorder(engine.Run):
         return rule.apply(one, slots, one, Step(self.count, tree_norms, shared))[0]
 
     def share(self, counts: Mapping[int, jax.Array], leaves: Sequence[int]) -> jax.Array:
-        """The share of the elements of these leaves that was counted."""
-        size = sum(number_of_elements(self.grads.values[leaf]) for leaf in leaves)
-        return sum((counts[leaf] for leaf in leaves), jnp.zeros((), jnp.float32)) / max(size, 1)
+        """The share of elements that was counted, of the leaves of these in which one counts."""
+        counted = [leaf for leaf in leaves if leaf in counts]
+        size = sum(number_of_elements(self.grads.values[leaf]) for leaf in counted)
+        return sum((counts[leaf] for leaf in counted), jnp.zeros((), jnp.float32)) / max(size, 1)
+
+    def new_signs(self, signs: Any) -> Any:
+        """The signs of the directions, in place of the old ones; those of absent leaves stay."""
+        old = self.grads.treedef.flatten_up_to(signs)
+        return self.grads.treedef.unflatten(
+            a if b is None else b for a, b in zip(old, self.signs, strict=True))
+
+    def changed_signs(self, signs: Any) -> dict[int, jax.Array]:
+        """By leaf the number of signs that differ from the old ones."""
+        old = self.grads.treedef.flatten_up_to(signs)
+        return {leaf: _count(a != b) for leaf, (a, b) in enumerate(
+            zip(old, self.signs, strict=True)) if b is not None}
 
 
 def _count(bits: jax.Array) -> jax.Array:
@@ -244,22 +253,28 @@ def _norms_of(groups: dict[str, list[int]], run: _Recorder, is_whole: bool) -> V
     for values in found.values() if is_whole else ():
         if run.params is None:
             values["parameter_norm"] = jnp.full((), jnp.nan)
-        ratio = values["update_norm"] / values["parameter_norm"]
-        values["update_to_parameter"] = jnp.where(values["parameter_norm"] == 0, 0.0, ratio)
+        values["update_to_parameter"] = _quotient(
+            values["update_norm"], values["parameter_norm"], at_zero=0.0)
     return found
 
 
-def _is_values(node: Any) -> bool:
+def _quotient(dividend: jax.Array, divisor: jax.Array, at_zero: float) -> jax.Array:
+    """A quotient of norms, without a division by 0, at which a debugger of NaN would stop."""
+    is_zero = divisor == 0
+    one = jnp.ones_like(divisor)
+    return jnp.where(is_zero, at_zero * one, dividend / jnp.where(is_zero, one, divisor))
+
+
+def _is_monitor(node: Any) -> bool:
     return isinstance(node, MonitorState)
 
 
 def _aged(node: Any) -> Any:
     """A monitor's state, and those inside of it, one call older."""
-    if not isinstance(node, MonitorState):
+    if not _is_monitor(node):
         return node
-    whole = {name: x + 1 if name.endswith("age") else x for name, x in node.values[""].items()}
-    return node._replace(values={**node.values, "": whole},
-                         inner=jax.tree.map(_aged, node.inner, is_leaf=_is_values))
+    age = {name: jnp.where(old < 0, old, old + 1) for name, old in node.age.items()}
+    return node._replace(age=age, inner=jax.tree.map(_aged, node.inner, is_leaf=_is_monitor))
 
 
 def _monitored(definition: Any, groups: PathLabels, every: int) -> Any:
@@ -291,13 +306,13 @@ def monitor(tx: optax.GradientTransformation, groups: Mapping[str, str] | None =
     - ``clip_factor``: the least number by which clips multiplied a leaf;
     - ``trust_ratio_min``, ``_median``, ``_max``: of the ratios of all leaves;
     - ``sign_changes``: the share of signs of Lion's direction that differ from the last step's;
-    - ``age``: how many calls ago these were measured.
+    - ``age``: how many calls ago these were measured; -1 before the first time.
 
     Inside of a conditional further gradients are measured: ``accumulated_gradient_norm`` is that of
     the mean in `accumulate`, ``unscaled_gradient_norm`` that in `dynamic_loss_scale`,
-    ``accepted_gradient_norm`` that in `skip_if`, and so ``accumulated_age`` and the others. Between
-    two steps of the inner transformation they hold their last value. What follows a conditional in
-    a chain is not measured.
+    ``accepted_gradient_norm`` that in `skip_if`, and so ``accumulated_age`` and the others. They
+    keep their last value until the inner transformation runs again, and are NaN before. What
+    follows a conditional in a chain is not measured.
 
     Norms are those of `clip_by_global_norm`, right on a mesh. They cost loops over memory that the
     step itself does not need: `plan` counts them. With ``every=n`` they are in a branch. For
@@ -307,7 +322,7 @@ def monitor(tx: optax.GradientTransformation, groups: Mapping[str, str] | None =
       tx: what is measured; lionax's or Optax's.
       groups: regular expression -> name: the same for the leaves that it is the first to match, by
         path as in `matching`, as ``name/gradient_norm``.
-      every: measure in the last of each so many steps only.
+      every: measure every n-th step only.
 
     Raises:
       ValueError: for ``every`` below 1; where it is used, for an expression that matches no leaf.
@@ -319,6 +334,9 @@ def monitor(tx: optax.GradientTransformation, groups: Mapping[str, str] | None =
     >>> [round(float(measured[name]), 3) for name in ("gradient_norm", "clip_factor")]
     [5.0, 0.2]
     """
+    if not isinstance(groups, Mapping | None):
+        raise TypeError(f"monitor: groups={groups!r} is not a mapping from regular expressions to "
+                        "names")
     by_path = labels({} if groups is None else groups, default="")
     for regex, name in by_path.rules:
         if not isinstance(name, str) or not name:
@@ -348,7 +366,8 @@ def metrics(state: Any) -> dict[str, jax.Array]:
     >>> sorted(lionax.metrics(state))[:3]
     ['age', 'gradient_norm', 'learning_rate']
     """
-    found = list(_found(state, ()))
+    with jax.debug_nans(False):  # which stands for what was not measured yet
+        found = list(_found(state, ()))
     if not found:
         raise KeyError("metrics: nothing in the state is measured; wrap the transformation in "
                        "lionax.monitor(tx)")
@@ -358,11 +377,15 @@ def metrics(state: Any) -> dict[str, jax.Array]:
 
 def _found(state: Any, keys: tuple[Any, ...]) -> Any:
     """Keys, name and value of everything measured in a state."""
-    pairs, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_values)
+    pairs, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_monitor)
     for inner_keys, node in pairs:
-        if _is_values(node):
+        if _is_monitor(node):
             here = (*keys, *inner_keys)
+            # A Flax optimizer wraps each array of the state in a variable.
+            ((age_name, age),) = ((name, jax.tree.leaves(x)[0]) for name, x in node.age.items())
+            yield here, age_name, age
             for group, values in node.values.items():
                 for name, value in values.items():
-                    yield here, f"{group}/{name}" if group else name, value
+                    measured = jnp.where(age < 0, jnp.nan, jax.tree.leaves(value)[0])
+                    yield here, f"{group}/{name}" if group else name, measured
             yield from _found(node.inner, (*here, jax.tree_util.GetAttrKey("inner")))
