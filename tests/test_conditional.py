@@ -66,6 +66,7 @@ def test_scaled_gradients_give_the_step_of_true_ones():
         np.testing.assert_allclose(params["w"], PARAMS["w"] - 1e8 * true["w"], atol=2e-3)
 
 
+@pytest.mark.slow
 def test_devices_decide_alike():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("x")

@@ -51,7 +51,8 @@ def test_learning_rates_come_from_the_recorded_sweep():
 
 
 @pytest.mark.parametrize(("names", "steps", "most"), [
-    ("lion", 6, 8.0), pytest.param("lion,lamb,sgd,adamw", 30, 6.0, marks=pytest.mark.slow)])
+    pytest.param("lion", 6, 8.0, marks=pytest.mark.slow),
+    pytest.param("lion,lamb,sgd,adamw", 30, 6.0, marks=pytest.mark.slow)])
 def test_demo(names, steps, most, tmp_path):
     out = tmp_path / "curves.png"
     result = subprocess.run(

@@ -25,7 +25,7 @@ TXS = {
 }
 
 
-@pytest.mark.parametrize("name", TXS)
+@pytest.mark.parametrize("name", cases.but_for_fast(TXS, "lion"))
 def test_linen_train_state(name):
     model = nn.Sequential([nn.Dense(16), nn.tanh, nn.Dense(1)])
     params = model.init(jax.random.key(0), X)["params"]
@@ -67,7 +67,7 @@ def nnx_run(tx, compiled, steps=20):
 
 @pytest.mark.parametrize("compiled", [
     pytest.param(True, id="nnx.jit"), pytest.param(False, id="eager", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", TXS)
+@pytest.mark.parametrize("name", cases.but_for_fast(TXS, "lion"))
 def test_nnx_optimizer(name, compiled):
     losses, _ = nnx_run(TXS[name](), compiled)
     assert losses[-1] < 0.8 * losses[0]
@@ -79,7 +79,7 @@ def test_nnx_optimizer_is_optax():
     cases.assert_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("name", ["lion", "sgd"])
+@pytest.mark.parametrize("name", cases.but_for_fast(["lion", "sgd"], "lion"))
 def test_equinox(name):
     model = eqx.nn.MLP(4, 1, 16, 1, key=jax.random.key(0))
     tx = TXS[name]()

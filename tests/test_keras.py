@@ -3,6 +3,7 @@
 import functools
 import inspect
 
+import cases
 import jax
 import jax.numpy as jnp
 import keras
@@ -112,7 +113,7 @@ def assert_close(actual, expected, name, where):
     pytest.param(run, marks=() if run == "all_at_once" else pytest.mark.slow)
     for run in RUNS
 ])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", cases.but_for_fast(OPTIMIZERS, "Lion"))
 def test_side_by_side_and_switched(name, run, rate):
     """The run beside Keras; one that comes from Keras at step 10 and goes back at step 18."""
     arguments, excluded = {**OPTIMIZERS[name], **RUNS[run][0]}, RUNS[run][1]

@@ -88,8 +88,9 @@ def test_fit_is_step_on_arrays(name, run_eagerly):
 
 
 @pytest.mark.parametrize("arguments", [
-    {}, {"weight_decay": 0.1, "clipnorm": 0.7},
-    {"weight_decay": 0.1, "gradient_accumulation_steps": 2}], ids=str)
+    {"weight_decay": 0.1, "gradient_accumulation_steps": 2}, *(
+        pytest.param(each, marks=pytest.mark.slow) for each in (
+            {}, {"weight_decay": 0.1, "clipnorm": 0.7}))], ids=str)
 def test_the_trajectory_of_keras_lion(arguments):
     ours = compiled(Optimizer(keras3.Lion(1e-2, **arguments)))
     theirs = compiled(keras.optimizers.Lion(1e-2, **arguments))
@@ -98,6 +99,7 @@ def test_the_trajectory_of_keras_lion(arguments):
     cases.assert_close(weights(ours), weights(theirs))
 
 
+@pytest.mark.slow
 def test_the_average_of_keras_lion():
     arguments = {"use_ema": True, "ema_momentum": 0.8, "ema_overwrite_frequency": 3}
     ours = compiled(Optimizer(keras3.Lion(1e-2, **arguments)))

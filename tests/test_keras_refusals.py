@@ -36,10 +36,10 @@ def test_an_unnamed_schedule_is_refused_at_save_and_the_file_stays(tmp_path):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (lambda saved: saved.pop("7"), r"variable 7 \(optimizer\w*/rules_0_mu_hidden_kernel\) has "
+    (lambda saved: saved.pop("4"), r"variable 4 \(optimizer\w*/rules_0_mu_hidden_kernel\) has "
                                    r"shape \(4, 8\), in the file None"),
-    (lambda saved: saved.update({"5": np.zeros(3), "6": np.zeros(3)}),
-     r"variable 5 \(optimizer\w*/rules_0_mu_head_kernel\) .* in the file \(3,\)"),
+    (lambda saved: saved.update({"6": np.zeros(3), "7": np.zeros(3)}),
+     r"variable 6 \(optimizer\w*/rules_0_mu_head_kernel\) .* in the file \(3,\)"),
     (lambda saved: saved.update({"8": np.zeros(3)}), r"variable 8 \(none\)")])
 def test_other_saved_variables_are_refused(change, message):
     optimizer = Optimizer(lionax.lion(1e-2))

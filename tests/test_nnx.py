@@ -116,6 +116,7 @@ def test_an_update_outside_of_jit_returns_nothing():
     cases.assert_equal(state_of(optimizer), state)
 
 
+@pytest.mark.slow
 def test_a_scan_carries_model_and_optimizer():
     tx = lionax.sgd(0.1, 0.9)
     model, twin = nnx.Linear(4, 1, rngs=nnx.Rngs(0)), nnx.Linear(4, 1, rngs=nnx.Rngs(0))
@@ -271,6 +272,7 @@ def test_a_state_never_shares_a_buffer_with_the_parameters():
         train(model, nnx.Optimizer(model, anchored, wrt=nnx.Param))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_where_it_stopped(tmp_path):
     tx = lionax.lion(cases.SCHEDULE, mu_dtype="bfloat16", mask=lionax.not_matching("bias"))
     model = Net(nnx.Rngs(0))

@@ -281,6 +281,7 @@ def test_jit_on_a_mesh_gives_the_same_update():
     assert carry[0]["rows"].sharding.spec == P("x", "y")
 
 
+@pytest.mark.slow
 def test_each_norm_is_taken_once():
     """Two sums for each leaf of LAMB in the compiled program, where Optax has four."""
     params = {f"layer{i}": jnp.ones((4, 4 + i)) for i in range(10)}

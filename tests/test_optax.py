@@ -32,7 +32,8 @@ def trajectories(case, tree, compiled):
         yield carries[0][0], carries[1][0]
 
 
-@pytest.mark.parametrize("case", [case for case in PEERS if case not in LOW_STATE])
+@pytest.mark.parametrize("case", cases.grouped(
+    [case for case in PEERS if case not in LOW_STATE], 2))
 @pytest.mark.parametrize(
     ("tree", "compiled"),
     [("nested", True), *(pytest.param(*each, marks=pytest.mark.slow) for each in (

@@ -124,7 +124,8 @@ def sharded(tx, kind, leaves=40, shape=(64, 32)):
     return program.as_text(), program.memory_analysis().temp_size_in_bytes / local
 
 
-@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+@pytest.mark.parametrize("kind", cases.but_for_fast(
+    [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit], jax.sharding.AxisType.Auto))
 @pytest.mark.parametrize(("make", "reductions"), [
     (lambda: lionax.lion(0.01), 0), (lambda: lionax.lamb(0.01, weight_decay=0.1), 1),
     (lambda: lionax.chain(lionax.clip_by_global_norm(1.0), lionax.lamb(0.01)), 2)])

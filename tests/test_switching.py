@@ -55,7 +55,7 @@ RECORDED = [name for name in REPLAYED if OURS[name].get("slots") and names_of(OU
 
 @pytest.mark.parametrize("form", [
     "list", *(pytest.param(form, marks=pytest.mark.slow) for form in ("dict", "numbers"))])
-@pytest.mark.parametrize("name", grouped(RECORDED, 4))
+@pytest.mark.parametrize("name", grouped(RECORDED, 8))
 def test_a_recorded_run_goes_on(name, form):
     entry, order = OURS[name], list(SHAPES)
     with np.load(GOLDEN / entry["file"]) as recorded:
@@ -179,7 +179,7 @@ PEERS = {
 
 
 @pytest.mark.parametrize("rate", [0.05, SCHEDULE], ids=["number", "schedule"])
-@pytest.mark.parametrize("name", grouped(PEERS, 2))
+@pytest.mark.parametrize("name", grouped(PEERS, 4))
 def test_a_run_of_optax_goes_on_and_comes_back(name, rate):
     """Optax to step 10, lionax to 18, Optax to 25: as Optax alone."""
     build, rtol = PEERS[name]
