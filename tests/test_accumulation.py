@@ -132,6 +132,7 @@ def test_bad_windows(every):
         lionax.accumulate(lionax.lion(0.1), every)
 
 
+@pytest.mark.slow
 def test_inside_shard_map():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("x")

@@ -15,7 +15,7 @@ import lionax
 from lionax.transforms.measuring import MonitorState
 
 EVERY_CASE = pytest.mark.parametrize("case", cases.grouped(cases.CASES))
-EVERY_SECOND_CASE = pytest.mark.parametrize("case", cases.grouped(cases.CASES, 2))
+EVERY_FOURTH_CASE = pytest.mark.parametrize("case", cases.grouped(cases.CASES, 4))
 CONDITIONALS = ("accumulate", "skip_nonfinite", "skip_if", "dynamic_loss_scale", "monitor",
                 "monitor_conditional")
 
@@ -64,7 +64,7 @@ def test_steps_run_in_scan(case, tree):
     cases.assert_close(scanned, run.run(4), rtol=2e-2 if tree == "mixed" else 1e-5)
 
 
-@EVERY_SECOND_CASE
+@EVERY_FOURTH_CASE
 @over(*cases.FLOAT32, slow=set(cases.FLOAT32) - {"nested"})
 def test_step_is_update_and_apply_updates(case, tree):
     """Bit for bit in one compiled program, but to 1e-6 for conditionals."""
@@ -85,7 +85,7 @@ def test_step_is_update_and_apply_updates(case, tree):
         cases.assert_equal(a, b)
 
 
-@EVERY_SECOND_CASE
+@EVERY_FOURTH_CASE
 def test_jit_is_eager(case):
     run = cases.prepared(case, "nested")
     eager = run[1:3]
@@ -95,7 +95,7 @@ def test_jit_is_eager(case):
     cases.assert_close(run.run(4), eager, rtol=4e-6)
 
 
-@EVERY_SECOND_CASE
+@EVERY_FOURTH_CASE
 @over("nested", "bfloat16", slow=("bfloat16",))
 def test_donated_steps_give_equal_bits_with_and_without_the_compiler_options(case, tree):
     run = cases.prepared(case, tree)
@@ -246,7 +246,7 @@ def test_scalars_never_change_a_dtype(case):
             } == {name: leaf.dtype for name, leaf in params.items()}
 
 
-@EVERY_SECOND_CASE
+@EVERY_FOURTH_CASE
 def test_float64(case):
     if case == "chain_foreign":
         pytest.skip("Optax's own rule decides")

@@ -56,6 +56,7 @@ def test_every_magnitude(name, form):
         assert float(one) == pytest.approx(finite, rel=1e-6, abs=1.2e-38)
 
 
+@pytest.mark.slow
 @hypothesis.given(
     st.lists(st.tuples(st.sampled_from([3, 5000, 1 << 14]), st.integers(-36, 36)), min_size=1,
              max_size=3))

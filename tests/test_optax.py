@@ -33,7 +33,7 @@ def trajectories(case, tree, compiled):
 
 
 @pytest.mark.parametrize("case", cases.grouped(
-    [case for case in PEERS if case not in LOW_STATE], 2))
+    [case for case in PEERS if case not in LOW_STATE], 4))
 @pytest.mark.parametrize(
     ("tree", "compiled"),
     [("nested", True), *(pytest.param(*each, marks=pytest.mark.slow) for each in (
