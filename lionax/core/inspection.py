@@ -51,7 +51,8 @@ def _held(state: Any, keys: Any, names: Keys, leaf: Any) -> HeldArray:
 
 
 def _is_state(node: Any) -> bool:
-    return type(node).__name__ == "State"
+    """Whether a node is a `lionax.core.state.State`; a type of Flax has that name, too."""
+    return getattr(node, "_fields", ()) == ("count", "hyperparameters", "rules")
 
 
 def _holds_state(node: Any) -> bool:
