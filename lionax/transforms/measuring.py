@@ -45,7 +45,7 @@ class Monitor(Conditional):
     """The definition of `monitor`: the inner one always runs.
 
     Measuring runs beside the step, on the step's inputs. A step that is not measured costs one
-    branch and keeps no array.
+    branch, around which XLA copies the parameters and the slots.
     """
 
     inner: Definition
@@ -315,8 +315,9 @@ def monitor(tx: optax.GradientTransformation, groups: Mapping[str, str] | None =
     follows a conditional in a chain is not measured.
 
     Norms are those of `clip_by_global_norm`, right on a mesh. They cost loops over memory that the
-    step itself does not need: `plan` counts them. With ``every=n`` they are in a branch. For
-    ``sign_changes`` the state holds a byte for each parameter.
+    step itself does not need: `plan` counts them. With ``every=n`` they are in a branch, around
+    which XLA on a CPU copies the parameters and the slots. For ``sign_changes`` the state holds a
+    byte for each parameter.
 
     Args:
       tx: what is measured; lionax's or Optax's.
