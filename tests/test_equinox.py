@@ -83,6 +83,7 @@ def test_a_step_of_a_whole_module_is_that_of_its_trained_part(name):
     assert (int(model.calls), model.width, model.activation) == (3, 8, jax.nn.tanh)
 
 
+@pytest.mark.slow
 def test_a_partitioned_module_gives_the_same():
     tx, model = lionax.lion(0.01, weight_decay=0.1), Net()
     trained, frozen = eqx.partition(model, but_for_the_mean(model))

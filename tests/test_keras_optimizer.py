@@ -76,8 +76,8 @@ def by_hand(tx, batches):
 
 
 @pytest.mark.parametrize(("name", "run_eagerly"), [
-    ("lion", False), ("accumulated", False), *(
-        pytest.param(name, True, marks=pytest.mark.slow) for name in ("lion", "accumulated"))])
+    ("lion", False), *(pytest.param(*each, marks=pytest.mark.slow) for each in (
+        ("accumulated", False), ("lion", True), ("accumulated", True)))])
 def test_fit_is_step_on_arrays(name, run_eagerly):
     model = compiled(Optimizer(TXS[name]()), run_eagerly=run_eagerly)
     model.fit(X, Y, **IN_ORDER)

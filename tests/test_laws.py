@@ -93,6 +93,7 @@ def test_trust_ratio_follows_the_scale_of_the_parameter_only(p, g, factor, other
     np.testing.assert_allclose(scaled, factor * once, rtol=1e-6)
 
 
+@pytest.mark.slow
 @given(ARRAYS, st.floats(0.0625, 128.0, width=32))
 def test_a_clipped_norm_is_at_most_the_limit(g, limit):
     for tx in (lionax.clip_by_global_norm(limit), lionax.clip_by_norm(limit)):

@@ -83,7 +83,7 @@ TXS = {
 }
 
 
-@pytest.mark.parametrize("name", cases.but_for_fast(TXS, "lion", "accumulate"))
+@pytest.mark.parametrize("name", cases.but_for_fast(TXS, "lion"))
 def test_a_compiled_donated_update_is_a_step(name):
     tx, model, twin = TXS[name](), Net(nnx.Rngs(0)), Net(nnx.Rngs(0))
     optimizer = Optimizer(model, tx, wrt=nnx.Param)

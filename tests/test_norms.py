@@ -269,6 +269,7 @@ def test_shard_map_is_safe_from_overflow_on_one_shard():
     assert float(total) == pytest.approx(1e25, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_jit_on_a_mesh_gives_the_same_update():
     tx = make()
     place = lambda tree, specs: jax.tree.map(lambda leaf, spec: jax.device_put(
