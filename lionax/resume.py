@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from lionax.core import storage
-from lionax.core.inspection import HeldArray, contents
-from lionax.core.state import State
+from lionax.core.inspection import HeldArray, contents, holds_state
 
 __all__ = ["cast_state"]
 
@@ -52,8 +51,7 @@ def cast_state(state: Any, like: Any, strict: bool = False) -> Any:
         if isinstance(tree, optax.GradientTransformation):
             raise TypeError(f"cast_state: {name} is a transformation; give its state: what was "
                             "saved, and tx.init(params)")
-        if not any(isinstance(node, State) for node in jax.tree.leaves(
-                tree, is_leaf=lambda node: isinstance(node, State))) and jax.tree.leaves(tree):
+        if not holds_state(tree) and jax.tree.leaves(tree):
             raise TypeError(f"cast_state: {name} holds no state of lionax; for a run of Optax, see "
                             "lionax.compat.from_optax")
     old, new = contents(state), contents(like)

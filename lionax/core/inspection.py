@@ -10,7 +10,8 @@ from jax.tree_util import DictKey, SequenceKey
 from lionax.core.table import Table, in_bytes
 from lionax.core.tree import Keys, Leaves, is_placeholder, keyed_leaves
 
-__all__ = ["HeldArray", "contents", "contents_by_leaf", "contents_table", "described"]
+__all__ = ["HeldArray", "contents", "contents_by_leaf", "contents_table", "described",
+           "holds_state"]
 
 LONGEST = 1400  # characters of a description
 
@@ -29,19 +30,23 @@ def contents(state: Any) -> list[HeldArray]:
     pairs, _ = jax.tree_util.tree_flatten_with_path(state)
     names, values, _ = keyed_leaves(state)
     present = [name for name, value in zip(names, values, strict=True) if not is_placeholder(value)]
-    return [_held(state, keys, name, leaf)
+    ways: dict[Any, bool] = {}
+    return [_held(state, keys, name, leaf, ways)
             for (keys, leaf), name in zip(pairs, present, strict=True)]
 
 
-def _held(state: Any, keys: Any, names: Keys, leaf: Any) -> HeldArray:
+def _held(state: Any, keys: Any, names: Keys, leaf: Any, ways: dict[Any, bool]) -> HeldArray:
     """Goes down chains, groups and conditionals to the state of a rule."""
     node, scope = state, ()
     for depth, key in enumerate(keys):
         name, is_state = getattr(key, "name", ""), _is_state(node)
         if is_state:
             scope = keys[:depth]
-        is_way = name == ("rules" if is_state else "inner") or (
-            not is_state and _holds_state(getattr(node, name, None)))
+        here = keys[:depth + 1]
+        if here not in ways:  # asked once for all arrays below
+            ways[here] = name == ("rules" if is_state else "inner") or (
+                not is_state and holds_state(getattr(node, name, None)))
+        is_way = ways[here]
         if not (is_way or isinstance(key, DictKey | SequenceKey)):
             own = names[depth + 1:]
             return HeldArray(scope, (type(node).__name__, name, "/".join(own)), own, leaf)
@@ -55,7 +60,7 @@ def _is_state(node: Any) -> bool:
     return getattr(node, "_fields", ()) == ("count", "hyperparameters", "rules")
 
 
-def _holds_state(node: Any) -> bool:
+def holds_state(node: Any) -> bool:
     """Whether there is a State in a node, such as Flax's train state or a wrapper of Optax's."""
     return any(map(_is_state, jax.tree.leaves(node, is_leaf=_is_state)))
 

@@ -83,16 +83,11 @@ class Monitor(Conditional):
         def measured(values: Values, age: Any) -> tuple[Values, Any]:
             return self._measured(recorded(), state), jax.tree.map(jnp.zeros_like, age)
 
-        def looked_at(signs: Any) -> tuple[Any]:
-            return (recorded().new_signs(signs),)
-
-        due, due_next = ((state.calls + n) % self.every == 0 for n in (1, 2))
-        if self.every == 1:
-            due = due_next = True
+        due, due_next = (self.every == 1 or (state.calls + n) % self.every == 0 for n in (1, 2))
         values, age = engine.branch(due, measured, state.values, state.age)
         signs = state.signs
         if jax.tree.leaves(signs):  # to compare with in the next step
-            (signs,) = engine.branch(due_next, looked_at, signs)
+            (signs,) = engine.branch(due_next, lambda old: (recorded().new_signs(old),), signs)
         calls = jnp.asarray(optax.safe_increment(state.calls))
         return state._replace(values=values, age=age, calls=calls, signs=signs), True
 
@@ -239,7 +234,8 @@ def _norms_of(groups: dict[str, list[int]], run: _Recorder, is_whole: bool) -> V
     if is_whole:
         arrays |= {"update_norm": run.updates, "parameter_norm": run.param}
     named = [members for group, members in groups.items() if group]
-    rest = [leaf for leaf in groups[""] if not any(leaf in members for members in named)]
+    in_group = set(itertools.chain(*named))
+    rest = [leaf for leaf in groups[""] if leaf not in in_group]
     parts = [rest, *named]
     each = iter(norms.fused_norms([
         [values[leaf] for leaf in part if values[leaf] is not None]
