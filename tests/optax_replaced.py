@@ -27,6 +27,8 @@ EXCEPTIONS = {
     "test_clip_by_block_rms": "a clip multiplies by one factor, which rounds once more",
     "test_bad_structure_raises": WORDS, "test_selective_bad_structure": WORDS,
     "test_nnls": "it fails with Optax alone, too: its bound is below float32's rounding",
+    "test_against_plain_implementation3":
+        "it fails with Optax alone, too, on JAX 0.12 where the processor fuses products into sums",
     **dict.fromkeys((
         "test_ema_debias", "test_freeze_updates_flat_freeze_a", "test_freeze_updates_flat_freeze_b",
         "test_freeze_updates_flat_freeze_all", "test_freeze_updates_flat_freeze_none",
@@ -38,13 +40,14 @@ EXCEPTIONS = {
         "test_dim_nums_combinations_aol",
         "test_dim_nums_combinations_frobenius", "test_dim_nums_combinations_schatten"), STATES),
 }
-"""Optax's tests that do not run, by their names without a number, and why."""
+"""Optax's tests that do not run, by their names with or without a number, and why."""
 
 
 def pytest_collection_modifyitems(items):
     """Leaves the exceptions out."""
     for item in items:
-        reason = EXCEPTIONS.get(re.sub(r"(_\d+)?\d*$", "", item.name))
+        names = (item.name, re.sub(r"(_\d+)?\d*$", "", item.name))
+        reason = next((EXCEPTIONS[name] for name in names if name in EXCEPTIONS), None)
         if item.cls and item.cls.__name__ == "GaLoreTest":
             reason = STATES
         parameters = getattr(item.function, "__x_params_repr__", "")
