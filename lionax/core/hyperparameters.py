@@ -197,7 +197,8 @@ def _check_schedule(schedule: Any, owner: str, argument: str) -> None:
 def check_count(value: Any, owner: str, argument: str, of: str = "steps, at least 1") -> None:
     """Refuses what is not a whole number of at least 1, fixed when an optimizer is made."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{owner}: {argument}={value!r} is not accepted; give a number of {of}")
+        raise ValueError(f"{owner}: {argument}={value!r} is not accepted; give an int: the number "
+                         f"of {of}")
 
 
 def _is_number(value: Any) -> bool:

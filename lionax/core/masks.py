@@ -6,7 +6,7 @@ They choose leaves by path, so one that is written for a dict serves a Flax or a
 import difflib
 import functools
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,22 @@ from jax.core import Tracer
 
 from lionax.core.tree import Keys, Leaves, is_placeholder, keyed_leaves
 
-__all__ = ["Mask", "PathLabels", "PathMask", "PathTree", "freeze", "labels", "matching",
-           "not_matching", "select"]
+__all__ = ["Mask", "PathLabels", "PathMask", "PathTree", "check_regexes", "freeze", "labels",
+           "matching", "not_matching", "select"]
 
 Mask = Any
 """A tree of bools or a prefix of one, a function of the parameters, or ``matching(...)``."""
+
+
+def check_regexes(patterns: Iterable[str], owner: str) -> None:
+    """Refuses what is not a regular expression."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (TypeError, re.error) as error:
+            kind = ValueError if isinstance(pattern, str) else TypeError
+            message = f"{pattern!r} is not a regular expression: {error}"
+            raise kind(f"{owner}: {message}") from None
 
 
 @dataclass(frozen=True)
@@ -38,13 +49,7 @@ class PathMask:
         if not self.patterns:
             raise ValueError(f"{self._name}() needs at least one regular expression, such as "
                              f"{self._name}('bias')")
-        for pattern in self.patterns:
-            try:
-                re.compile(pattern)
-            except (TypeError, re.error) as error:
-                kind = ValueError if isinstance(pattern, str) else TypeError
-                message = f"{pattern!r} is not a regular expression: {error}"
-                raise kind(f"{self._name}: {message}") from None
+        check_regexes(self.patterns, self._name)
 
     @property
     def _name(self) -> str:
@@ -157,8 +162,7 @@ def labels(rules: Mapping[str, Any], default: Any = None) -> PathLabels:
     """
     if not isinstance(rules, Mapping):
         raise TypeError(f"labels: {rules!r} is not a mapping from regular expressions to labels")
-    if rules:
-        PathMask(tuple(rules))  # checks the expressions
+    check_regexes(rules, "labels")
     return PathLabels(tuple(rules.items()), default)
 
 
