@@ -52,6 +52,27 @@ def test_the_sharding_of_the_metadata_holds_before_and_after_a_step(metadata, of
     cases.assert_close(jax.device_get(after), jax.device_get(expected))
 
 
+@pytest.mark.parametrize("axis_type", cases.but_for_fast([AxisType.Auto, AxisType.Explicit],
+                                                         AxisType.Explicit))
+@pytest.mark.parametrize("conditional", [
+    lambda tx: lionax.accumulate(tx, 1), lambda tx: lionax.skip_nonfinite(tx, 3),
+    lambda tx: lionax.monitor(tx, every=2)], ids=["accumulate", "skip_nonfinite", "monitor"])
+def test_the_shardings_of_parameters_and_slots_hold_in_a_branch(conditional, axis_type):
+    with jax.set_mesh(meshes(axis_type)[0]):
+        model = partitioned(optimizer_sharding=("data", "model"))
+        optimizer = Optimizer(model, conditional(lionax.lion(0.01)), wrt=nnx.Param)
+        expected = specs(model, optimizer)
+        assert expected[0] == (None, "model") and ("data", "model") in expected[1:]
+        before, grads = params_of(model), nnx.as_pure(gradients(model))
+        train(model, optimizer)
+        assert specs(model, optimizer) == expected
+        after = params_of(model)
+    alone = jax.device_get((before, grads))
+    tx = lionax.lion(0.01)
+    cases.assert_close(jax.device_get(after),
+                       jax.device_get(tx.step(alone[0], tx.init(alone[0]), alone[1])[0]))
+
+
 def test_slots_of_a_lower_rank_have_no_sharding_of_the_parameter():
     with jax.set_mesh(meshes()[0]):
         model = partitioned()

@@ -40,6 +40,7 @@ TXS = {
     "loss_scale": lambda: lionax.dynamic_loss_scale(lionax.lion(0.01)),
     "skip_accumulate": lambda: lionax.skip_nonfinite(lionax.accumulate(lionax.lion(0.01), 2), 3),
     "scaled_accumulate": lambda: lionax.dynamic_loss_scale(lionax.accumulate(lionax.lion(0.01), 2)),
+    "measure": lambda: lionax.monitor(lionax.lion(0.01), every=3),
     "sgd_bfloat16": lambda: lionax.sgd(0.01, 0.9, accumulator_dtype=jnp.bfloat16),
     "adam": lambda: lionax.chain(lionax.scale_by_adam(mu_dtype=jnp.bfloat16), lionax.scale(-0.01)),
 }
@@ -65,7 +66,8 @@ def copies(program):
 def test_a_step_keeps_nothing_and_copies_no_donated_buffer(name):
     program, state = of(name, lionax.compiler_options()), TXS[name]().init(PARAMS)
     memory = program.memory_analysis()
-    assert memory.temp_size_in_bytes < 0.05 * WHOLE
+    kept = LARGEST if name == "measure" else 0  # one direction in the branch that measures
+    assert memory.temp_size_in_bytes < 0.05 * WHOLE + kept
     assert memory.alias_size_in_bytes >= WHOLE + sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     assert not copies(program)
 

@@ -96,9 +96,9 @@ class Conditional(TreeWide):
         return self.arguments
 
     def open(self, updates: Any, state: Any, params: Any,
-             extra: Mapping[str, Any]) -> tuple[Any, Any]:
-        """The state with these updates taken in, and whether the call is due."""
-        return state, True
+             extra: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+        """The parameters, the state with these updates taken in, and whether the call is due."""
+        return params, state, True
 
     def inner_updates(self, updates: Any, state: Any) -> Any:
         """What the inner definition gets, from the updates and the state of `open`."""

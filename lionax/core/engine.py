@@ -10,19 +10,19 @@ trace holds one function for all leaves of a shape, and outside of ``jit`` a sha
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
 
 from lionax.core import norms, storage
+from lionax.core.branching import branch
 from lionax.core.definition import Conditional
 from lionax.core.layout import Layout, Stage, StateError, sweeps
-from lionax.core.rule import Definition, Observer, Step
+from lionax.core.rule import Definition, Observer, Rule, Step
 from lionax.core.settings import Settings, StaticRule
 from lionax.core.state import (
     State,
@@ -33,9 +33,8 @@ from lionax.core.state import (
     trees_of_slots,
 )
 from lionax.core.tree import Leaves, check_structures, is_placeholder
-from lionax.core.varying import varying_like_result
 
-__all__ = ["Run", "branch", "step", "transform", "update"]
+__all__ = ["Run", "norms_for", "step", "transform", "update"]
 
 
 def update(definition: Definition, grads: Any, state: State, params: Any,
@@ -140,9 +139,9 @@ class Run:
         self.param = list(map(storage.add, self.param, self.updates))
 
     def rounded_updates(self) -> list[Any]:
-        """The updates in the gradients' dtypes, as the caller and Optax's parts see them."""
+        """The updates like the gradients, as the caller and Optax's parts see them."""
         columns = zip(self.updates, self.grads.values, self.grads.present, strict=True)
-        return [new.astype(old.dtype) if here else new for new, old, here in columns]
+        return [storage.store(new, old) if here else new for new, old, here in columns]
 
     def tree_norms(self, stage: Stage) -> tuple[jax.Array, ...]:
         """The norms over the tree that a stage needs."""
@@ -218,13 +217,14 @@ class Run:
         arrived = self.grads.tree(self.updates, stage.active)
         if rule.sums:
             self.grads.check_devices(self.updates, stage.active, rule.name)
-        state, due = rule.open(arrived, self.slots[stage.index], params, self.extra)
+        params, state, due = rule.open(arrived, self.slots[stage.index], params, self.extra)
 
         def inner_step(carry, inner):
             updates = jax.tree.map(_loaded, rule.inner_updates(arrived, state))
             if writes:
                 return step(rule.inner, carry, inner, updates, extra)
-            return update(rule.inner, updates, inner, params, extra)
+            new, inner = update(rule.inner, updates, inner, params, extra)
+            return jax.tree.map(storage.store, new, carry), inner
 
         def due_call(carry, inner, _):
             accepted = rule.accepts(arrived, state, params, extra)
@@ -244,21 +244,21 @@ class Run:
         self.param = self._replaced(self.param, stage, carry)
 
 
-def branch(predicate: Any, function: Callable[..., Any], *carry: Any) -> Any:
-    """What the function makes of the carry where the predicate holds, else the carry."""
-    if isinstance(predicate, Tracer):
-        carry = varying_like_result(function, carry)
-        # Identity last: as the true branch XLA copies every buffer (12 copies, jaxlib 0.10.2).
-        return jax.lax.cond(predicate, function, lambda *same: same, *carry)
-    return function(*carry) if predicate else carry
-
-
 def _loaded(array: jax.Array) -> jax.Array:
     return storage.load(array, storage.compute_dtype(array))
 
 
 def _nan_like(array: jax.Array) -> jax.Array:
     return array * jnp.nan if jnp.issubdtype(array.dtype, jnp.inexact) else array
+
+
+def norms_for(rule: Rule, update: Any, param: Any,
+              tree_norms: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """The norms that a rule needs at one leaf: that leaf's, or those of the tree."""
+    if rule.scope != "leaf":
+        return tree_norms
+    arrays = {"update": update, "param": param}
+    return norms.norm_of_each([arrays[name] for name in rule.norms_of], rule.norm_axes)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -270,11 +270,9 @@ def _prepare(static: StaticRule, operands: dict[str, jax.Array], count: jax.Arra
 def _apply(static: StaticRule, operands: dict[str, jax.Array], update: Any, slots: Any, param: Any,
            count: jax.Array, tree_norms: tuple[jax.Array, ...], shared: Any) -> tuple[Any, Any]:
     """A rule, applied to one leaf: the new update and slots."""
-    rule, arrays = static.with_values(operands), {"update": update, "param": param}
-    if rule.scope == "leaf":
-        tree_norms = norms.norm_of_each([arrays[name] for name in rule.norms_of],
-                                        rule.norm_axes)
+    rule = static.with_values(operands)
+    measured = norms_for(rule, update, param, tree_norms)
     cast = functools.partial(storage.load, dtype=static.dtype)
-    update, old, param, measured = jax.tree.map(cast, (update, slots, param, tree_norms))
+    update, old, param, measured = jax.tree.map(cast, (update, slots, param, measured))
     update, new = rule.apply(update, old, param, Step(count, measured, shared))
     return update, jax.tree.map(storage.store, new, slots)

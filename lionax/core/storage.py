@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import AxisType
 
 from lionax.core.tree import is_float0, is_placeholder
 
@@ -81,9 +82,12 @@ def load(array: jax.Array, dtype: np.dtype) -> jax.Array:
     return array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array
 
 
-def store(value: jax.Array, slot: jax.Array) -> jax.Array:
-    """A new value in the dtype of the slot that it replaces."""
-    return value.astype(slot.dtype)
+def store(value: jax.Array, old: jax.Array) -> jax.Array:
+    """A new value in the dtype of the array that it replaces and, if types say it, its sharding."""
+    value, sharding = value.astype(old.dtype), jax.typeof(old).sharding
+    if AxisType.Explicit in sharding.mesh.axis_types and jax.typeof(value).sharding != sharding:
+        return jax.sharding.reshard(value, sharding)
+    return value
 
 
 def in_place_of(value: Any, old: Any) -> Any:
@@ -104,9 +108,9 @@ def in_place_of(value: Any, old: Any) -> Any:
 @jax.jit
 def _sum(param: jax.Array, update: jax.Array) -> jax.Array:
     if not jnp.issubdtype(param.dtype, jnp.floating):
-        return (param + update).astype(param.dtype)
+        return store(param + update, param)
     dtype = compute_dtype(param, update)
-    return (param.astype(dtype) + update.astype(dtype)).astype(param.dtype)
+    return store(param.astype(dtype) + update.astype(dtype), param)
 
 
 def add(param: Any, update: Any) -> Any:

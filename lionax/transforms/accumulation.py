@@ -13,7 +13,7 @@ from lionax.core.definition import Conditional
 from lionax.core.hyperparameters import Interval, check_count, check_scalar, value_at
 from lionax.core.rule import Definition
 from lionax.core.state import State, init_state
-from lionax.core.storage import accumulator_dtype, zero_slot
+from lionax.core.storage import accumulator_dtype, store, zero_slot
 from lionax.core.transformation import Transformation, constructor
 from lionax.core.tree import is_placeholder
 from lionax.transforms.combining import definition_of
@@ -58,7 +58,7 @@ class Accumulate(Conditional):
                                init_state(self.inner, params))
 
     def open(self, updates: Any, state: AccumulateState, params: Any,
-             extra: Mapping[str, Any]) -> tuple[AccumulateState, jax.Array]:
+             extra: Mapping[str, Any]) -> tuple[Any, AccumulateState, jax.Array]:
         every = value_at(self.every, state.windows, "accumulate")
         flush = extra.get("flush", False)
         is_bool = isinstance(flush, bool) or getattr(flush, "dtype", None) == jnp.bool_
@@ -70,7 +70,7 @@ class Accumulate(Conditional):
         factor = jnp.where(due & (total != 0), 1 / total, 1.0)
         sums = jax.tree.map(lambda grad, old, live: _added(grad, old, live, weight, factor),
                             updates, state.gradients, state.live, is_leaf=is_placeholder)
-        return state._replace(weight=total, gradients=sums), due
+        return params, state._replace(weight=total, gradients=sums), due
 
     def inner_updates(self, updates: Any, state: AccumulateState) -> Any:
         return jax.tree.map(
@@ -118,7 +118,7 @@ def _added(grad: Any, total: Any, live: Any, weight: jax.Array, factor: jax.Arra
     # The mean takes the place of the sum: as a further array it would be kept for the inner norms.
     # What has no weight is left out, also NaN.
     term = jnp.where(weight == 0, 0.0, grad.astype(total.dtype)) * weight.astype(total.dtype)
-    return (kept + term) * factor.astype(total.dtype)
+    return store((kept + term) * factor.astype(total.dtype), total)
 
 
 @constructor

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import optax
 
 from lionax.core import engine, norms, storage
+from lionax.core.branching import branch, reading_branch
 from lionax.core.definition import Combination, Conditional
 from lionax.core.hyperparameters import check_count, get_hyperparams, names_in_state
 from lionax.core.layout import Layout, Stage
-from lionax.core.masks import PathLabels, PathMask, labels
+from lionax.core.masks import PathLabels, PathMask, check_regexes, labels
 from lionax.core.rule import Definition, Step
 from lionax.core.state import init_state
 from lionax.core.transformation import Transformation, constructor
@@ -44,8 +45,7 @@ class MonitorState(NamedTuple):
 class Monitor(Conditional):
     """The definition of `monitor`: the inner one always runs.
 
-    Measuring runs beside the step, on the step's inputs. A step that is not measured costs one
-    branch, around which XLA copies the parameters and the slots.
+    Measuring runs beside the step, on the step's inputs.
     """
 
     inner: Definition
@@ -71,25 +71,28 @@ class Monitor(Conditional):
                             init_state(self.inner, params))
 
     def open(self, updates: Any, state: MonitorState, params: Any,
-             extra: Mapping[str, Any]) -> tuple[MonitorState, bool]:
+             extra: Mapping[str, Any]) -> tuple[Any, MonitorState, bool]:
         if not self.which:  # the outermost one counts for all
             state = jax.tree.map(_aged, state, is_leaf=_is_monitor)
 
-        def recorded() -> _Recorder:
-            run = _Recorder(self.inner, updates, state.inner, params, dict(extra))
+        def recorded(params: Any, inner: Any) -> _Recorder:
+            run = _Recorder(self.inner, updates, inner, params, dict(extra))
             engine.transform(run, _measurable(run.layout)[0])
             return run
 
-        def measured(values: Values, age: Any) -> tuple[Values, Any]:
-            return self._measured(recorded(), state), jax.tree.map(jnp.zeros_like, age)
+        def measured(reads: Any, values: Values, age: Any) -> tuple[Values, Any]:
+            found = self._measured(recorded(*reads[:2]), reads[2], state.calls == 0)
+            return found, jax.tree.map(jnp.zeros_like, age)
 
         due, due_next = (self.every == 1 or (state.calls + n) % self.every == 0 for n in (1, 2))
-        values, age = engine.branch(due, measured, state.values, state.age)
-        signs = state.signs
+        (params, inner, signs), values, age = reading_branch(
+            due, measured, (params, state.inner, state.signs), state.values, state.age)
         if jax.tree.leaves(signs):  # to compare with in the next step
-            (signs,) = engine.branch(due_next, lambda old: (recorded().new_signs(old),), signs)
+            (params, inner), signs = reading_branch(
+                due_next, lambda reads, old: (recorded(*reads).new_signs(old),), (params, inner),
+                signs)
         calls = jnp.asarray(optax.safe_increment(state.calls))
-        return state._replace(values=values, age=age, calls=calls, signs=signs), True
+        return params, MonitorState(values, age, calls, signs, inner), True
 
     def accepts(self, updates: Any, state: Any, params: Any, extra: Mapping[str, Any]) -> Any:
         return True
@@ -110,12 +113,12 @@ class Monitor(Conditional):
         return {"": present, **{group: [leaf for leaf in present if chosen[leaf] == group]
                                 for _, group in self.groups.rules}}
 
-    def _measured(self, run: "_Recorder", state: MonitorState) -> Values:
+    def _measured(self, run: "_Recorder", signs: Any, is_first: jax.Array) -> Values:
         """The measurements of a step."""
         stages, is_whole = _measurable(run.layout)
         groups = self._groups(run.grads)
         found = _norms_of(groups, run, is_whole)
-        changed = run.changed_signs(state.signs)
+        changed = run.changed_signs(signs)
         for group, members in groups.items():
             factors = [run.clip_factors[leaf] for leaf in members if leaf in run.clip_factors]
             ratios = [jnp.ravel(run.trust_ratios[leaf]) for leaf in members
@@ -125,7 +128,7 @@ class Monitor(Conditional):
             found[group] |= {
                 "nonfinite": _nonfinite(found[group]["gradient_norm"], [
                     run.grads.values[leaf] for leaf in members]),
-                "sign_changes": jnp.where(state.calls == 0, 0.0, run.share(changed, members)),
+                "sign_changes": jnp.where(is_first, 0.0, run.share(changed, members)),
                 "clipped": run.share(run.clipped, members), "clip_factor": jnp.min(factor),
                 "trust_ratio_min": jnp.min(ratio), "trust_ratio_median": jnp.median(ratio),
                 "trust_ratio_max": jnp.max(ratio)}
@@ -169,12 +172,9 @@ class _Recorder(engine.Run):
                 tree_norms: tuple[jax.Array, ...]) -> jax.Array:
         """What a rule that scales a leaf by its norms makes of 1."""
         static, operands, shared = self._bind(stage, self._dtype(leaf))
-        rule, arrays = static.with_values(operands), {"update": before, "param": self.param[leaf]}
-        if rule.scope == "leaf":
-            tree_norms = norms.norm_of_each([arrays[name] for name in rule.norms_of],
-                                            rule.norm_axes)
-        one = jnp.ones((), static.dtype)
-        return rule.apply(one, slots, one, Step(self.count, tree_norms, shared))[0]
+        rule, one = static.with_values(operands), jnp.ones((), static.dtype)
+        found = engine.norms_for(rule, before, self.param[leaf], tree_norms)
+        return rule.apply(one, slots, one, Step(self.count, found, shared))[0]
 
     def share(self, counts: Mapping[int, jax.Array], leaves: Sequence[int]) -> jax.Array:
         """The share of elements that was counted, of the leaves of these in which one counts."""
@@ -203,7 +203,7 @@ def _count(bits: jax.Array) -> jax.Array:
 def _nonfinite(norm: jax.Array, arrays: list[jax.Array]) -> jax.Array:
     """How many elements of arrays are not finite; none, without a look, if their norm is."""
     zero = jnp.zeros((), jnp.float32)
-    (count,) = engine.branch(~jnp.isfinite(norm), lambda _: (
+    (count,) = branch(~jnp.isfinite(norm), lambda _: (
         sum((_count(~jnp.isfinite(x)) for x in arrays), zero),), zero)
     return count
 
@@ -311,9 +311,8 @@ def monitor(tx: optax.GradientTransformation, groups: Mapping[str, str] | None =
     follows a conditional in a chain is not measured.
 
     Norms are those of `clip_by_global_norm`, right on a mesh. They cost loops over memory that the
-    step itself does not need: `plan` counts them. With ``every=n`` they are in a branch, around
-    which XLA on a CPU copies the parameters and the slots. For ``sign_changes`` the state holds a
-    byte for each parameter.
+    step itself does not need: `plan` counts them. With ``every=n`` they are in a branch. For
+    ``sign_changes`` the state holds a byte for each parameter.
 
     Args:
       tx: what is measured; lionax's or Optax's.
@@ -334,7 +333,8 @@ def monitor(tx: optax.GradientTransformation, groups: Mapping[str, str] | None =
     if not isinstance(groups, Mapping | None):
         raise TypeError(f"monitor: groups={groups!r} is not a mapping from regular expressions to "
                         "names")
-    by_path = labels({} if groups is None else groups, default="")
+    check_regexes(groups or {}, "monitor")
+    by_path = labels(groups or {}, default="")
     for regex, name in by_path.rules:
         if not isinstance(name, str) or not name:
             raise TypeError(f"monitor: groups has {name!r} for {regex!r}; give the group's name")
