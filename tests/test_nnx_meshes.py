@@ -35,7 +35,7 @@ def specs(model, optimizer):
 @pytest.mark.parametrize("axis_type", cases.but_for_fast([AxisType.Auto, AxisType.Explicit],
                                                          AxisType.Auto))
 @pytest.mark.parametrize(("metadata", "of_slots"), [
-    ({}, (None, "model")), ({"optimizer_sharding": ("data", "model")}, ("data", "model"))])
+    pytest.param({}, (None, "model"), marks=pytest.mark.slow), ({"optimizer_sharding": ("data", "model")}, ("data", "model"))])
 def test_the_sharding_of_the_metadata_holds_before_and_after_a_step(metadata, of_slots, axis_type):
     with jax.set_mesh(meshes(axis_type)[0]):
         model = partitioned(**metadata)
@@ -55,8 +55,9 @@ def test_the_sharding_of_the_metadata_holds_before_and_after_a_step(metadata, of
 @pytest.mark.parametrize("axis_type", cases.but_for_fast([AxisType.Auto, AxisType.Explicit],
                                                          AxisType.Explicit))
 @pytest.mark.parametrize("conditional", [
-    lambda tx: lionax.accumulate(tx, 1), lambda tx: lionax.skip_nonfinite(tx, 3),
-    lambda tx: lionax.monitor(tx, every=2)], ids=["accumulate", "skip_nonfinite", "monitor"])
+    pytest.param(lambda tx: lionax.accumulate(tx, 1), id="accumulate", marks=pytest.mark.slow),
+    pytest.param(lambda tx: lionax.skip_nonfinite(tx, 3), id="skip", marks=pytest.mark.slow),
+    pytest.param(lambda tx: lionax.monitor(tx, every=2), id="monitor")])
 def test_the_shardings_of_parameters_and_slots_hold_in_a_branch(conditional, axis_type):
     with jax.set_mesh(meshes(axis_type)[0]):
         model = partitioned(optimizer_sharding=("data", "model"))
