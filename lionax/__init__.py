@@ -8,8 +8,9 @@ from lionax.compiler import compiler_options
 from lionax.config import from_config, register_rule, register_schedule, to_config
 from lionax.core.hyperparameters import Scalar, get_hyperparams, inject, scalar, set_hyperparams
 from lionax.core.masks import labels, matching, not_matching
+from lionax.core.quantized import QuantizedArray
 from lionax.core.rule import Rule, Step
-from lionax.core.storage import zero_slot
+from lionax.core.storage import Storage, zero_slot
 from lionax.core.transformation import Transformation, apply_updates
 from lionax.core.tree import paths
 from lionax.monitoring import plan, summary
@@ -37,9 +38,11 @@ from lionax.transforms.sign_momentum import scale_by_lion
 __version__ = "0.1.0"
 
 __all__ = [
+    "QuantizedArray",
     "Rule",
     "Scalar",
     "Step",
+    "Storage",
     "Transformation",
     "accumulate",
     "adam",

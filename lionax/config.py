@@ -22,6 +22,7 @@ from lionax.core.definition import Foreign
 from lionax.core.hyperparameters import Injected
 from lionax.core.masks import PathLabels, PathMask, PathTree
 from lionax.core.rule import Definition, Rule
+from lionax.core.storage import Storage
 from lionax.core.transformation import Transformation
 from lionax.transforms import (
     accumulation,
@@ -47,7 +48,7 @@ _TYPES: dict[str, type] = {cls.__name__: cls for cls in (
     combining.Identity, combining.Masked, combining.NamedChain, combining.Partition,
     combining.SetToZero, conditional.DynamicLossScale, conditional.SkipIf, conditional.Unscale,
     decay.AddDecayedWeights, measuring.Monitor, momentum.Ema, momentum.Trace, scaling.Scale,
-    scaling.ScaleByLearningRate, sign_momentum.ScaleByLion, tf_models.ZeroNorm, Injected,
+    scaling.ScaleByLearningRate, sign_momentum.ScaleByLion, Storage, tf_models.ZeroNorm, Injected,
     hyperparameters.Interval, PathLabels, PathMask, PathTree, keras_parts.Decayed,
     keras_parts.EveryWindow, keras_parts.FirstCopies, keras_parts.KerasAverage, keras3.Shrunk,
     tf_models.InverseTime, keras_schedules.CosineDecay, keras_schedules.ExponentialDecay,
@@ -154,6 +155,8 @@ def _encode(value: Any, where: str) -> Any:
         return value.name
     if isinstance(value, tuple):
         return [_encode(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, Storage) and value == Storage(value.dtype):
+        return _encode(value.dtype, where)
     if _TYPES.get(type(value).__name__) is type(value):
         fields = {
             f.name: _encode(getattr(value, f.name), f"{where}.{f.name}")
@@ -248,7 +251,7 @@ def _fits(value: Any, field: dataclasses.Field) -> bool:
         is_known = is_registered or isinstance(value, (Injected, *_SCHEDULES))
         return value is None or _is_number(value) or is_known
     if field.name.endswith("_dtype"):
-        return value is None or isinstance(value, str)
+        return isinstance(value, str | Storage | None)
     return _is_a(value, field.type)
 
 

@@ -6,7 +6,7 @@ step counted from 1, ``lr`` the learning rate of the step and ``wd`` the weight 
 
 from lionax.core.hyperparameters import Interval, Scalar, check_scalar, named
 from lionax.core.masks import Mask
-from lionax.core.storage import Storage
+from lionax.core.storage import StorageLike
 from lionax.core.transformation import Transformation, constructor
 from lionax.transforms.adaptive import scale_by_adam, scale_by_trust_ratio
 from lionax.transforms.combining import chain, identity
@@ -27,7 +27,7 @@ def _decay(weight_decay: Scalar, mask: Mask, base_learning_rate: float | None) -
 
 
 @constructor
-def lion(learning_rate: Scalar, b1: Scalar = 0.9, b2: Scalar = 0.99, mu_dtype: Storage = None,
+def lion(learning_rate: Scalar, b1: Scalar = 0.9, b2: Scalar = 0.99, mu_dtype: StorageLike = None,
          weight_decay: Scalar = 1e-3, mask: Mask = None, *,
          base_learning_rate: float | None = None) -> Transformation:
     """Lion: steps of equal size along the sign of an interpolated momentum.
@@ -76,7 +76,7 @@ def lion(learning_rate: Scalar, b1: Scalar = 0.9, b2: Scalar = 0.99, mu_dtype: S
 @constructor
 def lamb(learning_rate: Scalar, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-6,
          eps_root: Scalar = 0.0, weight_decay: Scalar = 0.0, mask: Mask = None, *,
-         trust_mask: Mask = None, mu_dtype: Storage = None, nu_dtype: Storage = None,
+         trust_mask: Mask = None, mu_dtype: StorageLike = None, nu_dtype: StorageLike = None,
          base_learning_rate: float | None = None, max_trust_ratio: Scalar | None = None,
          bias_correction: bool = True) -> Transformation:
     """LAMB: Adam's direction, scaled in each layer to the norm of its parameter.
@@ -133,8 +133,8 @@ def lamb(learning_rate: Scalar, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scala
 
 @constructor
 def adam(learning_rate: Scalar, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8,
-         eps_root: Scalar = 0.0, mu_dtype: Storage = None, *, nesterov: bool = False,
-         nu_dtype: Storage = None) -> Transformation:
+         eps_root: Scalar = 0.0, mu_dtype: StorageLike = None, *, nesterov: bool = False,
+         nu_dtype: StorageLike = None) -> Transformation:
     """Adam: each element's step is scaled by the root of its averaged square.
 
         p ← p - lr·(m / (1 - b1^t)) / (sqrt(v / (1 - b2^t) + eps_root) + eps)
@@ -170,8 +170,8 @@ def adam(learning_rate: Scalar, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scala
 
 @constructor
 def adamw(learning_rate: Scalar, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8,
-          eps_root: Scalar = 0.0, mu_dtype: Storage = None, weight_decay: Scalar = 1e-4,
-          mask: Mask = None, *, nesterov: bool = False, nu_dtype: Storage = None,
+          eps_root: Scalar = 0.0, mu_dtype: StorageLike = None, weight_decay: Scalar = 1e-4,
+          mask: Mask = None, *, nesterov: bool = False, nu_dtype: StorageLike = None,
           base_learning_rate: float | None = None) -> Transformation:
     """AdamW: `adam` with a decay that does not pass through the moments.
 
@@ -218,8 +218,9 @@ def adamw(learning_rate: Scalar, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scal
 
 @constructor
 def sgd(learning_rate: Scalar, momentum: Scalar | None = None, nesterov: bool = False,
-        accumulator_dtype: Storage = None, *, dampening: Scalar = 0.0, weight_decay: Scalar = 0.0,
-        mask: Mask = None, base_learning_rate: float | None = None) -> Transformation:
+        accumulator_dtype: StorageLike = None, *, dampening: Scalar = 0.0,
+        weight_decay: Scalar = 0.0, mask: Mask = None,
+        base_learning_rate: float | None = None) -> Transformation:
     """Stochastic gradient descent, with momentum if asked for.
 
         g ← g + wd·p

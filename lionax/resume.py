@@ -10,6 +10,7 @@ import optax
 
 from lionax.core import storage
 from lionax.core.inspection import HeldArray, contents, holds_state
+from lionax.core.quantized import is_quantized
 
 __all__ = ["cast_state"]
 
@@ -76,7 +77,7 @@ def cast_state(state: Any, like: Any, strict: bool = False) -> Any:
             if strict:
                 raise ValueError(f"{line}; strict=True accepts a change of dtypes only")
             _logger.warning(line)
-    return jax.tree.unflatten(jax.tree.structure(like),
+    return jax.tree.unflatten(jax.tree.structure(like, is_leaf=is_quantized),
                               [taken.get(i, array.leaf) for i, array in enumerate(new)])
 
 
@@ -115,7 +116,11 @@ def _contents(arrays: list[HeldArray]) -> dict[Where, set[tuple[str, str]]]:
 
 
 def _in_place_of(old: HeldArray, new: HeldArray) -> Any:
-    if jnp.shape(old.leaf) != jnp.shape(new.leaf):
+    if _shape(old.leaf) != _shape(new.leaf):
         raise ValueError(f"cast_state: {'.'.join(new.slot[:2])} of {new.slot[2]!r} has shape "
-                         f"{jnp.shape(old.leaf)}, in `like` {jnp.shape(new.leaf)}")
+                         f"{_shape(old.leaf)}, in `like` {_shape(new.leaf)}")
     return storage.in_place_of(old.leaf, new.leaf)
+
+
+def _shape(leaf: Any) -> tuple[int, ...]:
+    return leaf.shape if is_quantized(leaf) else jnp.shape(leaf)

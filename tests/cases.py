@@ -19,6 +19,7 @@ import lionax
 from lionax.core.norms import joint_norm
 
 SCHEDULE = optax.linear_schedule(0.05, 0.01, 30)
+NEAREST = lionax.Storage("bfloat16", rounding="nearest")  # as Optax rounds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ CASES: dict[str, Case] = {
                        lambda: optax.lion(0.01, 0.95, 0.98)),
     "lion_schedule": Case("lion", lambda: lionax.lion(SCHEDULE, weight_decay=0.1),
                           lambda: optax.lion(SCHEDULE, weight_decay=0.1)),
-    "lion_mu_bfloat16": Case("lion", lambda: lionax.lion(0.01, mu_dtype=jnp.bfloat16),
+    "lion_mu_bfloat16": Case("lion", lambda: lionax.lion(0.01, mu_dtype=NEAREST),
                              lambda: optax.lion(0.01, mu_dtype=jnp.bfloat16)),
     "lion_mask": Case("lion", lambda: lionax.lion(0.01, weight_decay=0.1, mask=_matrices),
                       lambda: optax.lion(0.01, weight_decay=0.1, mask=_matrices)),
@@ -73,7 +74,7 @@ CASES: dict[str, Case] = {
     "sgd_momentum": Case("sgd", lambda: lionax.sgd(0.01, 0.9), lambda: optax.sgd(0.01, 0.9)),
     "sgd_nesterov": Case("sgd", lambda: lionax.sgd(SCHEDULE, 0.9, True),
                          lambda: optax.sgd(SCHEDULE, 0.9, True)),
-    "sgd_accumulator": Case("sgd", lambda: lionax.sgd(0.01, 0.9, False, jnp.bfloat16),
+    "sgd_accumulator": Case("sgd", lambda: lionax.sgd(0.01, 0.9, False, NEAREST),
                             lambda: optax.sgd(0.01, 0.9, False, jnp.bfloat16)),
     "sgd_dampening": Case("sgd", lambda: lionax.sgd(0.01, 0.9, dampening=0.3, weight_decay=0.1)),
     "sgdw": Case("sgd", lambda: lionax.sgd(0.01, 0.9, weight_decay=0.1, base_learning_rate=0.01)),

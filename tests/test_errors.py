@@ -22,8 +22,8 @@ NUMBERS_OUT_OF_RANGE = [
      "weight_decay=-1.0"),
     (lionax.lion, {"learning_rate": 1e-3, "base_learning_rate": 0}, "base_learning_rate=0.0 .* "
      "above 0"),
-    (lionax.lion, {"learning_rate": 1e-3, "mu_dtype": jnp.int8}, "scale_by_lion: mu_dtype=.*int8.* "
-     "is not a floating-point dtype"),
+    (lionax.lion, {"learning_rate": 1e-3, "mu_dtype": jnp.int16},
+     "scale_by_lion: mu_dtype=.*int16.* is not accepted"),
     (lionax.lion, {"learning_rate": 1e-3, "mu_dtype": "float99"}, "mu_dtype='float99'"),
     (lionax.lamb, {"learning_rate": 1e-3, "b1": 1.0}, r"scale_by_adam: b1=1.0 is not accepted; "
      r"give a number in \[0, 1\)"),

@@ -22,8 +22,9 @@ MODULES = {
 }
 
 # From the bottom up: a module imports only from those before it.
-ORDER = ["core.__init__", "core.table", "core.tree", "core.inspection", "core.masks",
-         "core.storage", "core.varying", "core.branching", "core.norms", "core.hyperparameters",
+ORDER = ["core.__init__", "core.table", "core.varying", "core.rounding", "core.quantized",
+         "core.tree", "core.inspection", "core.masks", "core.storage", "core.branching",
+         "core.norms", "core.hyperparameters",
          "core.rule", "core.definition", "core.layout", "core.settings", "core.state",
          "core.engine", "core.transformation", "transforms.__init__", "transforms.combining",
          "transforms.sign_momentum", "transforms.momentum", "transforms.adaptive",

@@ -22,6 +22,7 @@ from lionax.core import norms, storage
 from lionax.core.branching import branch
 from lionax.core.definition import Conditional
 from lionax.core.layout import Layout, Stage, StateError, sweeps
+from lionax.core.quantized import is_quantized, shapes_of
 from lionax.core.rule import Definition, Observer, Rule, Step
 from lionax.core.settings import Settings, StaticRule
 from lionax.core.state import (
@@ -161,7 +162,8 @@ class Run:
         update, param, slots = self.updates[leaf], self.param[leaf], self.slots[stage.index]
         static, operands, shared = self._bind(stage, self._dtype(leaf))
         self.updates[leaf], slots[leaf] = _apply(
-            static, operands, update, slots[leaf], param, self.count, tree_norms, shared)
+            static, operands, update, slots[leaf], param, self.count, tree_norms, shared,
+            np.uint32(stage.index << 20 ^ leaf))
 
     def _dtype(self, leaf: int) -> np.dtype:
         """The dtype of arithmetic on a leaf."""
@@ -189,9 +191,9 @@ class Run:
         if param is not None:
             rule.check_leaf(param, f"the parameter {path!r}")
         like: Any = param if update is None else update
-        shapes = jax.tree.map(jnp.shape, slots)
-        if any(shape != like.shape for shape in map(jnp.shape, jax.tree.leaves(slots))) and (
-                shapes != jax.tree.map(jnp.shape, jax.eval_shape(rule.init, like))):
+        shapes = shapes_of(slots)
+        if any(shape != like.shape for shape in shapes) and (
+                shapes != shapes_of(jax.eval_shape(rule.init, like))):
             raise ValueError(f"{rule.name}: the gradient of {path!r} has shape {like.shape}, its "
                              f"state {shapes}; they do not fit")
 
@@ -268,11 +270,13 @@ def _prepare(static: StaticRule, operands: dict[str, jax.Array], count: jax.Arra
 
 @functools.partial(jax.jit, static_argnums=0)
 def _apply(static: StaticRule, operands: dict[str, jax.Array], update: Any, slots: Any, param: Any,
-           count: jax.Array, tree_norms: tuple[jax.Array, ...], shared: Any) -> tuple[Any, Any]:
-    """A rule, applied to one leaf: the new update and slots."""
+           count: jax.Array, tree_norms: tuple[jax.Array, ...], shared: Any,
+           number: np.uint32) -> tuple[Any, Any]:
+    """A rule, applied to one leaf: the new update and slots, rounded by the leaf's number."""
     rule = static.with_values(operands)
     measured = norms_for(rule, update, param, tree_norms)
     cast = functools.partial(storage.load, dtype=static.dtype)
-    update, old, param, measured = jax.tree.map(cast, (update, slots, param, measured))
+    update, old, param, measured = jax.tree.map(
+        cast, (update, slots, param, measured), is_leaf=is_quantized)
     update, new = rule.apply(update, old, param, Step(count, measured, shared))
-    return update, jax.tree.map(storage.store, new, slots)
+    return update, storage.stored(new, slots, rule.storage_of, number, count)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import DictKey, SequenceKey
 
+from lionax.core.quantized import is_quantized
 from lionax.core.table import Table, in_bytes
 from lionax.core.tree import Keys, Leaves, is_placeholder, keyed_leaves
 
@@ -27,7 +28,7 @@ class HeldArray(NamedTuple):
 
 def contents(state: Any) -> list[HeldArray]:
     """The arrays of a state, in the order of ``jax.tree.leaves``."""
-    pairs, _ = jax.tree_util.tree_flatten_with_path(state)
+    pairs, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_quantized)
     names, values, _ = keyed_leaves(state)
     present = [name for name, value in zip(names, values, strict=True) if not is_placeholder(value)]
     ways: dict[Any, bool] = {}

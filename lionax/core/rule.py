@@ -123,6 +123,11 @@ class Rule(Definition):
         """Whether `apply` reads the parameter, or its norm."""
         return "param" in self.norms_of
 
+    def storage_of(self, slot: str) -> storage.Storage | None:
+        """How a slot is rounded: as its field ``<slot>_dtype`` or ``accumulator_dtype`` says."""
+        names = (f"{slot}_dtype", "accumulator_dtype")
+        return next((getattr(self, name) for name in names if hasattr(self, name)), None)
+
     def init(self, param: jax.Array) -> Any:
         """The slots of one parameter: a NamedTuple of arrays, whose dtypes never change."""
         return optax.EmptyState()

@@ -18,6 +18,8 @@ import optax
 from jax.core import Tracer
 from jax.tree_util import GetAttrKey
 
+from lionax.core.quantized import is_quantized
+
 __all__ = ["Keys", "Leaves", "check_structures", "is_float0", "is_placeholder", "keyed_leaves",
            "named_leaves", "paths", "placeholder", "present_arrays"]
 
@@ -57,7 +59,8 @@ def named_leaves(tree: Any) -> tuple[list[str], list[Any], Any]:
 
 def keyed_leaves(tree: Any) -> tuple[list[Keys], list[Any], Any]:
     """The same, with the parts of the paths."""
-    pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_placeholder)
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda node: is_placeholder(node) or is_quantized(node))
     has_value = any(keys and keys[-1] == GetAttrKey("value") for keys, _ in pairs)
     variables = _variables(tree) if has_value else ()
     own = [keys[:-1] if keys[:-1] in variables else keys for keys, _ in pairs]

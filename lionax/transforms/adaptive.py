@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from lionax.core.hyperparameters import Scalar, scalar
 from lionax.core.masks import Mask
 from lionax.core.rule import Applied, Rule, Step
-from lionax.core.storage import Storage, is_complex, zero_slot
+from lionax.core.storage import StorageLike, is_complex, zero_slot
 from lionax.core.transformation import Transformation, constructor
 from lionax.transforms.combining import restrict
 from lionax.transforms.momentum import debiasing
@@ -34,8 +34,8 @@ class ScaleByAdam(Rule):
     b2: Scalar = scalar(0.999, low=0, high=1, open_high=True)
     eps: Scalar = scalar(1e-8, low=0)
     eps_root: Scalar = scalar(0.0, low=0)
-    mu_dtype: Storage = None
-    nu_dtype: Storage = None
+    mu_dtype: StorageLike = None
+    nu_dtype: StorageLike = None
     nesterov: bool = False
     bias_correction: bool = True
 
@@ -43,7 +43,7 @@ class ScaleByAdam(Rule):
         # `init` takes shapes, too, which have no real part.
         square = jax.eval_shape(jnp.real, param) if is_complex(param) else param
         return ScaleByAdamState(mu=zero_slot(param, self.mu_dtype),
-                                nu=zero_slot(square, self.nu_dtype))
+                                nu=zero_slot(square, self.nu_dtype, nonnegative=True))
 
     def prepare(self, count: jax.Array, dtype: Any) -> Any:
         if not self.bias_correction:
@@ -64,7 +64,7 @@ class ScaleByAdam(Rule):
 
 @constructor
 def scale_by_adam(b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8, eps_root: Scalar = 0.0,
-                  mu_dtype: Storage = None, *, nu_dtype: Storage = None,
+                  mu_dtype: StorageLike = None, *, nu_dtype: StorageLike = None,
                   nesterov: bool = False, bias_correction: bool = True) -> Transformation:
     """Adam's direction: the averaged gradient over the root of the averaged square.
 

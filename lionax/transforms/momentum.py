@@ -9,7 +9,7 @@ from jax.core import Tracer
 
 from lionax.core.hyperparameters import Interval, Scalar, scalar
 from lionax.core.rule import Applied, Rule, Step
-from lionax.core.storage import Storage, accumulator_dtype, zero_slot
+from lionax.core.storage import StorageLike, accumulator_dtype, zero_slot
 from lionax.core.transformation import Transformation, constructor
 
 __all__ = ["Ema", "EmaState", "Trace", "TraceState", "debiasing", "ema", "moved",
@@ -28,7 +28,7 @@ class Trace(Rule):
 
     decay: Scalar = scalar(low=0, high=1)
     nesterov: bool = False
-    accumulator_dtype: Storage = None
+    accumulator_dtype: StorageLike = None
     dampening: Scalar = scalar(0.0, low=0, high=1)
 
     def __post_init__(self):
@@ -48,7 +48,7 @@ class Trace(Rule):
 
 
 @constructor
-def trace(decay: Scalar, nesterov: bool = False, accumulator_dtype: Storage = None, *,
+def trace(decay: Scalar, nesterov: bool = False, accumulator_dtype: StorageLike = None, *,
           dampening: Scalar = 0.0) -> Transformation:
     """Momentum: a decaying sum of gradients.
 
@@ -88,7 +88,7 @@ class Ema(Rule):
 
     decay: Scalar = scalar(low=0, high=1)
     debias: bool = True
-    accumulator_dtype: Storage = None
+    accumulator_dtype: StorageLike = None
 
     def accepted(self, field: str) -> Interval:
         return Interval(0.0, 1.0, open_high=self.debias,
@@ -106,7 +106,8 @@ class Ema(Rule):
 
 
 @constructor
-def ema(decay: Scalar, debias: bool = True, accumulator_dtype: Storage = None) -> Transformation:
+def ema(decay: Scalar, debias: bool = True,
+        accumulator_dtype: StorageLike = None) -> Transformation:
     """An exponential moving average of the updates.
 
         e_t = e_{t-1} + (1 - decay)·(u_t - e_{t-1})

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from lionax.core.hyperparameters import Scalar, scalar
 from lionax.core.rule import Applied, Rule, Step
-from lionax.core.storage import Storage, zero_slot
+from lionax.core.storage import StorageLike, zero_slot
 from lionax.core.transformation import Transformation, constructor
 
 __all__ = ["ScaleByLion", "ScaleByLionState", "scale_by_lion"]
@@ -26,7 +26,7 @@ class ScaleByLion(Rule):
 
     b1: Scalar = scalar(0.9, low=0, high=1)
     b2: Scalar = scalar(0.99, low=0, high=1)
-    mu_dtype: Storage = None
+    mu_dtype: StorageLike = None
     mode: Literal["hard", "smooth", "refined"] = "hard"
     smooth_beta: Scalar = scalar(1.0)
 
@@ -52,7 +52,7 @@ class ScaleByLion(Rule):
 
 
 @constructor
-def scale_by_lion(b1: Scalar = 0.9, b2: Scalar = 0.99, mu_dtype: Storage = None, *,
+def scale_by_lion(b1: Scalar = 0.9, b2: Scalar = 0.99, mu_dtype: StorageLike = None, *,
                   mode: Literal["hard", "smooth", "refined"] = "hard",
                   smooth_beta: Scalar = 1.0) -> Transformation:
     """The sign of the gradient averaged with its momentum.

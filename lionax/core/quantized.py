@@ -1,0 +1,193 @@
+"""Arrays of 8-bit and 4-bit codes with a scale for each block."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from lionax.core.rounding import as_uniform
+
+__all__ = ["Format", "QuantizedArray", "encode", "format_of", "is_quantized", "shapes_of",
+           "zeros"]
+
+SMALLEST = 4096  # elements; a smaller leaf saves too few bytes
+BLOCKS = {8: (128, 64), 4: (32,)}  # accepted lengths of blocks by bits, the first that fits
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """How numbers become codes: ``x = scale · sign(c) · (|c| / L)^power`` with ``|c| <= L``.
+
+    Codes are dense near 0, where most elements of a block lie. Numbers that may be negative have
+    the power 2, and ``L`` is 127 or 7. The others, averages of squares, whose root is used, have
+    the power 4, and ``L`` is 255 or 15.
+    """
+
+    bits: int
+    block: int
+    nonnegative: bool = False
+
+    @property
+    def levels(self) -> int:
+        """``L``, the largest code."""
+        return 2**self.bits - 1 if self.nonnegative else 2**(self.bits - 1) - 1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantizedArray:
+    """An array of codes, a pytree of two arrays.
+
+    Invariants, for an array of shape ``(*lead, n)`` and blocks of ``B`` elements along the last
+    axis:
+
+    - ``codes`` has the shape ``(*lead, n)`` and int8, or uint8 where no element is negative. With
+      4 bits it has the shape ``(*lead, n/2)`` and uint8: in each block the lower halves of the
+      bytes are the first ``B/2`` elements, the upper halves the others.
+    - ``scales`` has the shape ``(*lead, n/B)`` and bfloat16: the largest magnitude in the block,
+      rounded up. A finite one is at most bfloat16's largest number.
+    - ``format`` is static. `Format` gives the equation between codes and numbers.
+    - An element is 0 if and only if its code or its scale is. The code of a positive number that
+      may not be negative is at least 1.
+    - A NaN or an infinite element makes its block NaN.
+    """
+
+    codes: jax.Array
+    scales: jax.Array
+    format: Format = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array that is stored."""
+        last = self.codes.shape[-1] * (8 // self.format.bits)
+        return *self.codes.shape[:-1], last
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of its codes: int8, also without a sign, or int4."""
+        return np.dtype(f"int{self.format.bits}")
+
+    @property
+    def ndim(self) -> int:
+        """The number of its axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """The number of its elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of codes and scales."""
+        return sum(x.size * x.dtype.itemsize for x in (self.codes, self.scales))
+
+    def decode(self, dtype: Any = jnp.float32) -> jax.Array:
+        """The numbers that the codes stand for."""
+        codes = _unpacked(self.codes, self.format).astype(dtype)
+        share = codes * np.asarray(1 / self.format.levels, dtype)
+        if self.format.nonnegative:
+            share = share * share
+        scale = self.scales.astype(dtype)[..., None]
+        return (share * jnp.abs(share) * scale).reshape(self.shape)
+
+
+def is_quantized(node: Any) -> bool:
+    """Whether a node of a tree is a `QuantizedArray`."""
+    return isinstance(node, QuantizedArray)
+
+
+def shapes_of(slots: Any) -> list[tuple[int, ...]]:
+    """The shapes of slots, of codes the shapes that they stand for."""
+    return [slot.shape for slot in jax.tree.leaves(slots, is_leaf=is_quantized)]
+
+
+def format_of(bits: int, shape: tuple[int, ...], nonnegative: bool) -> Format | None:
+    """The format for a leaf of a shape; None for one that is small or has no whole blocks."""
+    if math.prod(shape) < SMALLEST:
+        return None
+    fitting = (block for block in BLOCKS[bits] if shape[-1] % block == 0)
+    return next((Format(bits, block, nonnegative) for block in fitting), None)
+
+
+def zeros(like: Any, format: Format) -> QuantizedArray:
+    """An array of zeros with the shape of another, and its sharding where whole blocks allow it."""
+    dtype = jnp.int8 if format.bits == 8 and not format.nonnegative else jnp.uint8
+    *lead, last = like.shape
+    codes = _zeros(like, (*lead, last * format.bits // 8), dtype)
+    return QuantizedArray(codes, _zeros(like, (*lead, last // format.block), jnp.bfloat16), format)
+
+
+def _zeros(like: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    sharding = jax.typeof(like).sharding if isinstance(like, Tracer) else like.sharding
+    if not isinstance(sharding, NamedSharding) or (
+            isinstance(like, Tracer) and AxisType.Explicit not in sharding.mesh.axis_types):
+        return jnp.zeros(shape, dtype)
+    spec = (*sharding.spec, *[None] * len(shape))[:len(shape)]
+    sizes = sharding.mesh.shape
+    axes = spec[-1] if isinstance(spec[-1], tuple) else (spec[-1],) * (spec[-1] is not None)
+    if shape[-1] % math.prod(sizes[axis] for axis in axes):
+        spec = (*spec[:-1], None)
+    return jnp.zeros(shape, dtype, device=NamedSharding(sharding.mesh, PartitionSpec(*spec)))
+
+
+def encode(values: jax.Array, format: Format, bits: jax.Array | None) -> QuantizedArray:
+    """Codes for numbers, rounded stochastically with random bits, or to the nearest without."""
+    levels = format.levels
+    *lead, last = values.shape
+    blocks = values.astype(jnp.float32).reshape(*lead, last // format.block, format.block)
+    scales = _rounded_up(jnp.max(jnp.abs(blocks), axis=-1, keepdims=True))
+    # The reciprocals of the largest scales are no normal numbers, which XLA takes for 0.
+    factor = jnp.where(scales > 2.0**100, 2.0**-64, 1.0)
+    share = jnp.abs(blocks) * factor / jnp.where(scales == 0, 1.0, scales * factor)
+    root = jnp.sqrt(share)
+    steps = levels * (jnp.sqrt(root) if format.nonnegative else root)
+    below = jnp.clip(jnp.floor(steps), 1 if format.nonnegative else 0, levels - 1)
+    low, high = (_power(code * (1 / levels), format) for code in (below, below + 1))
+    limit = 0.5 if bits is None else as_uniform(bits).reshape(blocks.shape)
+    codes = jnp.where(limit * (high - low) < share - low, below + 1, below)
+    codes = jnp.where(share > 0, codes, 0.0)
+    codes = codes if format.nonnegative else jnp.copysign(codes, blocks)
+    scales = jnp.where(jnp.isnan(share).any(axis=-1, keepdims=True), jnp.nan, scales)
+    return QuantizedArray(_packed(codes, format), scales[..., 0].astype(jnp.bfloat16), format)
+
+
+def _power(share: jax.Array, format: Format) -> jax.Array:
+    square = share * share
+    return square * square if format.nonnegative else square
+
+
+def _rounded_up(values: jax.Array) -> jax.Array:
+    """Numbers that bfloat16 holds, none below the values but for those above its largest."""
+    raw = lax.bitcast_convert_type(values, jnp.uint32)
+    up = lax.bitcast_convert_type((raw + jnp.uint32(0xFFFF)) & jnp.uint32(0xFFFF0000), jnp.float32)
+    largest = jnp.float32(jnp.finfo(jnp.bfloat16).max)
+    return jnp.where(jnp.isfinite(values), jnp.minimum(up, largest), values)
+
+
+def _packed(codes: jax.Array, format: Format) -> jax.Array:
+    """Whole numbers in blocks as an array of codes."""
+    whole = codes.astype(jnp.int32)
+    if format.bits == 4:
+        first, second = jnp.split(whole & 15, 2, axis=-1)
+        whole = first | (second << 4)
+    dtype = jnp.int8 if format.bits == 8 and not format.nonnegative else jnp.uint8
+    return whole.astype(dtype).reshape(*codes.shape[:-2], -1)
+
+
+def _unpacked(codes: jax.Array, format: Format) -> jax.Array:
+    """The inverse of `_packed`."""
+    blocks = codes.reshape(*codes.shape[:-1], -1, format.block * format.bits // 8)
+    if format.bits == 8:
+        return blocks
+    both = blocks.astype(jnp.int32)
+    halves = [both & 15, both >> 4]
+    if not format.nonnegative:  # two's complement
+        halves = [(half ^ 8) - 8 for half in halves]
+    return jnp.concatenate(halves, axis=-1)

@@ -1,0 +1,89 @@
+"""Stochastic rounding to low-precision floats, with random bits from a counter.
+
+A value between two neighbours a < x < b becomes b with the probability (x - a) / (b - a), else a:
+its expected value is x. So an average goes on moving where each step is less than half an ulp, and
+rounding to the nearest would undo it.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType
+
+from lionax.core.varying import varying_axes
+
+__all__ = ["as_uniform", "folded", "is_low_precision", "random_bits", "rounded"]
+
+
+def is_low_precision(dtype) -> bool:
+    """Whether a dtype is a float of at most 16 bits."""
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize <= 2
+
+
+def folded(key: jax.Array, number: jax.Array | int) -> jax.Array:
+    """A key for one of several uses of a key."""
+    return _mixed(key ^ (jnp.asarray(number).astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
+                         + jnp.uint32(0x85EBCA6B)))
+
+
+def random_bits(key: jax.Array, like: jax.Array) -> jax.Array:
+    """A uint32 for each element: a hash of the key and of the element's index in the whole array.
+
+    It is the same on any mesh under ``jit``. Inside ``shard_map`` an index counts within a shard,
+    and the device's index along the axes over which the array varies is mixed in. A ``vmap`` gives
+    all its members the same bits.
+    """
+    for axis in sorted(varying_axes(like)):
+        key = folded(key, lax.axis_index(axis))
+    sharding = jax.typeof(like).sharding
+    out = sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+    inner = next(d for d in range(like.ndim + 1) if math.prod(like.shape[d:]) < 2**32)
+    index, stride, outer, outer_stride = jnp.uint32(0), 1, jnp.uint32(0), 1
+    for axis in reversed(range(like.ndim)):
+        along = lax.broadcasted_iota(jnp.uint32, like.shape, axis, out_sharding=out)
+        if axis >= inner:
+            index, stride = index + along * jnp.uint32(stride), stride * like.shape[axis]
+        else:
+            outer = outer + along * jnp.uint32(outer_stride)
+            outer_stride *= like.shape[axis]
+    if inner:
+        key = folded(key, outer)
+    return _mixed(index ^ key)
+
+
+def as_uniform(bits: jax.Array) -> jax.Array:
+    """Float32 numbers in [0, 1) from the upper 24 of 32 bits."""
+    return (bits >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
+
+
+def rounded(value: jax.Array, dtype, bits: jax.Array) -> jax.Array:
+    """A value rounded stochastically to a float of at most 16 bits; a finite one stays finite."""
+    value = value.astype(jnp.float32)
+    raw = lax.bitcast_convert_type(value, jnp.uint32)
+    if dtype == jnp.bfloat16:
+        upper = jnp.uint32(0xFFFF0000)
+        new = lax.bitcast_convert_type((raw + (bits >> 16)) & upper, jnp.float32)
+        below = lax.bitcast_convert_type(raw & upper, jnp.float32)
+        new = jnp.where(jnp.isfinite(new), new, below)
+    else:
+        info = jnp.finfo(dtype)
+        power = lax.bitcast_convert_type(raw & jnp.uint32(0x7F800000), jnp.float32)
+        smallest = jnp.float32(2.0**info.minexp)
+        ulp = jnp.maximum(power, smallest) * jnp.float32(2.0**-info.nmant)
+        steps = value / ulp  # exact, since an ulp is a power of two
+        below = jnp.floor(steps)
+        new = jnp.where(as_uniform(bits) < steps - below, below + 1, below) * ulp
+        new = jnp.clip(new, -jnp.float32(info.max), jnp.float32(info.max))
+    return jnp.where(jnp.isfinite(value), new, value).astype(dtype)
+
+
+def _mixed(x: jax.Array) -> jax.Array:
+    """A permutation of the 32-bit numbers in which each bit of x changes half of all bits.
+
+    Source: Wellons, Prospecting for Hash Functions, 2018: two multiplications.
+    """
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
