@@ -30,6 +30,7 @@ from lionax.transforms.combining import (
 )
 from lionax.transforms.conditional import dynamic_loss_scale, skip_if, skip_nonfinite, unscale
 from lionax.transforms.decay import add_decayed_weights
+from lionax.transforms.low_precision import master_weights
 from lionax.transforms.measuring import metrics, monitor
 from lionax.transforms.momentum import ema, trace
 from lionax.transforms.scaling import scale, scale_by_learning_rate, scale_by_schedule
@@ -66,6 +67,7 @@ __all__ = [
     "lamb",
     "lion",
     "masked",
+    "master_weights",
     "matching",
     "metrics",
     "monitor",

@@ -113,6 +113,14 @@ class Conditional(TreeWide):
         """The state after the call; ``accepted`` is False where the call was not due."""
         raise NotImplementedError
 
+    def write(self, new: Any, opened: Any, params: Any, state: Any,
+              writes: bool) -> tuple[Any, Any]:
+        """What the inner definition made, for these parameters, of those of `open`; and the state.
+
+        With ``writes`` that are new parameters, else updates.
+        """
+        return new, state
+
     def poisons(self, state: Any) -> jax.Array | bool:
         """Whether the updates are NaN in this call, by the state of `close`."""
         return False

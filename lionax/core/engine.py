@@ -22,7 +22,7 @@ from lionax.core import norms, storage
 from lionax.core.branching import branch
 from lionax.core.definition import Conditional
 from lionax.core.layout import Layout, Stage, StateError, sweeps
-from lionax.core.quantized import is_quantized, shapes_of
+from lionax.core.quantized import shapes_of
 from lionax.core.rule import Definition, Observer, Rule, Step
 from lionax.core.settings import Settings, StaticRule
 from lionax.core.state import (
@@ -215,11 +215,11 @@ class Run:
         """Runs a conditional, which changes the updates or, with `writes`, the parameters."""
         rule = stage.rule
         extra = {name: value for name, value in self.extra.items() if name not in rule.arguments}
-        params = None if self.params is None else self.params.tree(self.param, stage.active)
+        given = None if self.params is None else self.params.tree(self.param, stage.active)
         arrived = self.grads.tree(self.updates, stage.active)
         if rule.sums:
             self.grads.check_devices(self.updates, stage.active, rule.name)
-        params, state, due = rule.open(arrived, self.slots[stage.index], params, self.extra)
+        params, state, due = rule.open(arrived, self.slots[stage.index], given, self.extra)
 
         def inner_step(carry, inner):
             updates = jax.tree.map(_loaded, rule.inner_updates(arrived, state))
@@ -235,6 +235,7 @@ class Run:
         carry = params if writes else jax.tree.map(lambda u: jnp.zeros_like(_loaded(u)), arrived)
         carry, inner, accepted = branch(due, due_call, carry, state.inner, jnp.zeros((), bool))
         state = rule.close(arrived, state, due, accepted)._replace(inner=inner)
+        carry, state = rule.write(carry, params, given, state, writes)
         (carry,) = branch(rule.poisons(state), lambda x: (jax.tree.map(_nan_like, x),), carry)
         self.slots[stage.index] = state
         if not writes:
@@ -275,8 +276,6 @@ def _apply(static: StaticRule, operands: dict[str, jax.Array], update: Any, slot
     """A rule, applied to one leaf: the new update and slots, rounded by the leaf's number."""
     rule = static.with_values(operands)
     measured = norms_for(rule, update, param, tree_norms)
-    cast = functools.partial(storage.load, dtype=static.dtype)
-    update, old, param, measured = jax.tree.map(
-        cast, (update, slots, param, measured), is_leaf=is_quantized)
+    update, old, param, measured = storage.loaded((update, slots, param, measured), static.dtype)
     update, new = rule.apply(update, old, param, Step(count, measured, shared))
     return update, storage.stored(new, slots, rule.storage_of, number, count)

@@ -14,7 +14,8 @@ from jax.sharding import AxisType
 
 from lionax.core.varying import varying_axes
 
-__all__ = ["as_uniform", "folded", "is_low_precision", "random_bits", "rounded"]
+__all__ = ["as_uniform", "folded", "is_low_precision", "random_bits", "rounded",
+           "to_integers", "ulp"]
 
 
 def is_low_precision(dtype) -> bool:
@@ -68,15 +69,23 @@ def rounded(value: jax.Array, dtype, bits: jax.Array) -> jax.Array:
         below = lax.bitcast_convert_type(raw & upper, jnp.float32)
         new = jnp.where(jnp.isfinite(new), new, below)
     else:
-        info = jnp.finfo(dtype)
-        power = lax.bitcast_convert_type(raw & jnp.uint32(0x7F800000), jnp.float32)
-        smallest = jnp.float32(2.0**info.minexp)
-        ulp = jnp.maximum(power, smallest) * jnp.float32(2.0**-info.nmant)
-        steps = value / ulp  # exact, since an ulp is a power of two
-        below = jnp.floor(steps)
-        new = jnp.where(as_uniform(bits) < steps - below, below + 1, below) * ulp
-        new = jnp.clip(new, -jnp.float32(info.max), jnp.float32(info.max))
+        unit, largest = ulp(value, dtype), jnp.float32(jnp.finfo(dtype).max)
+        new = jnp.clip(to_integers(value / unit, bits) * unit, -largest, largest)
     return jnp.where(jnp.isfinite(value), new, value).astype(dtype)
+
+
+def ulp(value: jax.Array, dtype) -> jax.Array:
+    """The distance of neighbouring numbers of a dtype at a float32 value: a power of two."""
+    info = jnp.finfo(dtype)
+    raw = lax.bitcast_convert_type(value, jnp.uint32)
+    power = lax.bitcast_convert_type(raw & jnp.uint32(0x7F800000), jnp.float32)
+    return jnp.maximum(power, jnp.float32(2.0**info.minexp)) * jnp.float32(2.0**-info.nmant)
+
+
+def to_integers(values: jax.Array, bits: jax.Array) -> jax.Array:
+    """Values rounded stochastically to whole numbers."""
+    below = jnp.floor(values)
+    return jnp.where(as_uniform(bits) < values - below, below + 1, below)
 
 
 def _mixed(x: jax.Array) -> jax.Array:

@@ -19,7 +19,8 @@ from lionax.core.rounding import folded, is_low_precision, random_bits, rounded
 from lionax.core.tree import is_float0, is_placeholder
 
 __all__ = ["Storage", "StorageLike", "accumulator_dtype", "add", "check_storage", "compute_dtype",
-           "in_place_of", "is_complex", "is_rounded", "load", "store", "stored", "zero_slot"]
+           "in_place_of", "is_complex", "is_rounded", "load", "loaded", "store", "stored",
+           "zero_slot"]
 
 CODES = {"int8": 8, "int4": 4}
 
@@ -153,6 +154,11 @@ def load(array: Any, dtype: np.dtype) -> jax.Array:
     if is_complex(array):
         return array.astype(jnp.complex128 if dtype == jnp.float64 else jnp.complex64)
     return array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array
+
+
+def loaded(tree: Any, dtype: np.dtype) -> Any:
+    """The arrays of a tree, as `load` gives them."""
+    return jax.tree.map(functools.partial(load, dtype=dtype), tree, is_leaf=is_quantized)
 
 
 def is_rounded(slot: Any) -> bool:

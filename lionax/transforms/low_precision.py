@@ -1,0 +1,191 @@
+"""Parameters in bfloat16 or float16 that move by less than an ulp."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lionax.core.definition import Conditional
+from lionax.core.rounding import folded, is_low_precision, random_bits, rounded, to_integers, ulp
+from lionax.core.rule import Definition
+from lionax.core.state import init_state
+from lionax.core.storage import add, compute_dtype, load, zero_slot
+from lionax.core.transformation import Transformation, constructor
+from lionax.core.tree import Leaves, is_placeholder, placeholder
+from lionax.transforms.combining import definition_of
+
+__all__ = ["MasterWeights", "MasterWeightsState", "master_weights"]
+
+USE = 1 << 16  # no rule has so many slots: the random bits are none of a slot's
+STEPS = 254  # of the int8 remainder in an ulp
+
+
+class MasterWeightsState(NamedTuple):
+    """The state of `MasterWeights`."""
+
+    calls: jax.Array  # int32 []: how many steps were made
+    remainder: Any  # what the parameter lacks, or a master copy; the parameter's shape
+    inner: Any  # the state of the transformation inside
+
+
+@dataclasses.dataclass(frozen=True)
+class MasterWeights(Conditional):
+    """The definition of `master_weights`: the inner one always runs, on float32 parameters."""
+
+    sums = False
+    inner_gradients: ClassVar = "master_"
+
+    inner: Definition
+    remainder: Literal["int8", "bfloat16", "float32"] | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.remainder not in (None, "int8", "bfloat16", "float32"):
+            raise ValueError(f"master_weights: remainder={self.remainder!r} is not accepted; give "
+                             "None, 'int8', 'bfloat16' or 'float32'")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise TypeError(f"master_weights: seed={self.seed!r} is not accepted; give an int")
+
+    def init(self, params: Any) -> MasterWeightsState:
+        leaves = Leaves.of(params, params)
+        remainders = [self._remainder(x) if here and self._is_low(x) else placeholder(x)
+                      for x, here in zip(leaves.values, leaves.present, strict=True)]
+        return MasterWeightsState(jnp.zeros((), jnp.int32), leaves.treedef.unflatten(remainders),
+                                  init_state(self.inner, params))
+
+    def open(self, updates: Any, state: MasterWeightsState, params: Any,
+             extra: Mapping[str, Any]) -> tuple[Any, MasterWeightsState, bool]:
+        if params is None:
+            raise ValueError("master_weights: needs the parameters; call step(params, state, "
+                             "grads)")
+        masters = [_master(x, rest) if self._is_low(x) else x
+                   for x, rest in self._pairs(params, state.remainder)]
+        return jax.tree.unflatten(Leaves.of(params, params).treedef, masters), state, True
+
+    def accepts(self, updates: Any, state: Any, params: Any, extra: Mapping[str, Any]) -> Any:
+        return True
+
+    def close(self, updates: Any, state: MasterWeightsState, due: Any,
+              accepted: Any) -> MasterWeightsState:
+        return state._replace(calls=jnp.asarray(optax.safe_increment(state.calls)))
+
+    def write(self, new: Any, opened: Any, params: Any, state: MasterWeightsState,
+              writes: bool) -> tuple[Any, MasterWeightsState]:
+        leaves = Leaves.of(params, params)
+        news = leaves.treedef.flatten_up_to(new)
+        if not writes:
+            news = list(map(add, leaves.treedef.flatten_up_to(opened), news))
+        pairs = self._pairs(params, state.remainder)
+        written = [self._written(new, old, rest, self._key(leaf, state.calls))
+                   if self._is_low(old) else (new, rest)
+                   for leaf, (new, (old, rest)) in enumerate(zip(news, pairs, strict=True))]
+        news, rests = zip(*written, strict=True) if written else ((), ())
+        if not writes:
+            news = [new if is_placeholder(new) else _minus(new, old)
+                    for new, old in zip(news, leaves.values, strict=True)]
+        return leaves.treedef.unflatten(news), state._replace(
+            remainder=leaves.treedef.unflatten(rests))
+
+    def _remainder(self, param: jax.Array) -> Any:
+        if self.remainder == "float32":
+            return jnp.array(param, dtype=jnp.float32, copy=True)
+        if self.remainder == "int8":
+            return jnp.zeros_like(param, dtype=jnp.int8)
+        return placeholder(param) if self.remainder is None else zero_slot(param, jnp.bfloat16)
+
+    def _written(self, master: jax.Array, old: jax.Array, rest: Any,
+                 key: jax.Array) -> tuple[jax.Array, Any]:
+        """The new parameter and its remainder."""
+        if self.remainder is None:
+            return rounded(master, old.dtype, random_bits(key, master)), rest
+        new = master.astype(old.dtype)
+        if self.remainder == "float32":
+            return new, master
+        lacks = master - new.astype(master.dtype)
+        if self.remainder == "bfloat16":
+            return new, rounded(lacks, jnp.bfloat16, random_bits(key, master))
+        steps = lacks / ulp(new.astype(master.dtype), new.dtype) * STEPS
+        codes = jnp.nan_to_num(to_integers(steps, random_bits(key, master)))
+        return new, jnp.clip(codes, -127, 127).astype(jnp.int8)
+
+    def _key(self, leaf: int, calls: jax.Array) -> jax.Array:
+        key: Any = np.uint32(self.seed % 2**32)
+        for number in (USE, leaf, calls):
+            key = folded(key, number)
+        return key
+
+    def _pairs(self, params: Any, remainder: Any) -> list[tuple[Any, Any]]:
+        leaves = Leaves.of(params, params)
+        rests = leaves.treedef.flatten_up_to(remainder)
+        return list(zip(leaves.values, rests, strict=True))
+
+    def _is_low(self, param: Any) -> bool:
+        return hasattr(param, "dtype") and is_low_precision(param.dtype)
+
+
+def _minus(new: jax.Array, old: jax.Array) -> jax.Array:
+    dtype = compute_dtype(old)
+    return load(new, dtype) - load(old, dtype)
+
+
+def _master(param: jax.Array, rest: Any) -> jax.Array:
+    """The parameter with what it lacks."""
+    value = param.astype(jnp.float32)
+    if not hasattr(rest, "dtype"):
+        return value
+    step = ulp(value, param.dtype)
+    if rest.dtype == jnp.float32:  # a parameter that the caller loaded wins over an old master
+        return jnp.where(jnp.abs(value - rest) <= step, rest, value)
+    if rest.dtype == jnp.int8:
+        return value + rest.astype(jnp.float32) * (step / STEPS)
+    return value + rest.astype(jnp.float32)
+
+
+@constructor
+def master_weights(tx: optax.GradientTransformation,
+                   remainder: Literal["int8", "bfloat16", "float32"] | None = None, *,
+                   seed: int = 0) -> Transformation:
+    """Steps on parameters in bfloat16 or float16 as on float32 ones.
+
+    A step that is smaller than half an ulp of a bfloat16 parameter is lost when the new parameter
+    is rounded to the nearest. Here it is rounded stochastically, so that its expected value is
+    exact, or what it lacks is kept for the next step. The transformation inside sees float32
+    parameters.
+
+    | remainder | bytes per parameter | what the state keeps |
+    | --- | --- | --- |
+    | None | 0 | nothing: the new parameter is rounded stochastically |
+    | "int8" | 1 | the rounding error in parts of an ulp, itself rounded stochastically |
+    | "bfloat16" | 2 | the rounding error |
+    | "float32" | 4 | a master copy; a parameter more than an ulp away from it wins over it |
+
+    A float32 or float64 leaf is stepped as without it. Use `step`: between `update` and
+    `apply_updates` an update is rounded to the gradient's dtype, and what is lost there is lost.
+
+    Args:
+      tx: what steps; lionax's or Optax's.
+      remainder: as above.
+      seed: of the random bits, which are those of `Storage`.
+
+    Raises:
+      ValueError: for another remainder, or a step without parameters.
+      TypeError: for a seed that is not an int.
+
+    >>> import jax.numpy as jnp, lionax
+    >>> tx = lionax.master_weights(lionax.sgd(1.0), "bfloat16")
+    >>> params = jnp.ones(1, jnp.bfloat16)
+    >>> state, small = tx.init(params), jnp.full(1, -2.0**-9)
+    >>> for _ in range(4):
+    ...     params, state = tx.step(params, state, small)
+    >>> params.tolist()
+    [1.0078125]
+
+    References:
+      Micikevicius et al., Mixed Precision Training, 2018, arXiv:1710.03740; Zamirai et al.,
+      Revisiting BFloat16 Training, 2020, arXiv:2010.06192.
+    """
+    return Transformation.of(MasterWeights(definition_of(tx, "master_weights"), remainder, seed))
