@@ -17,6 +17,7 @@ __all__ = ["Format", "QuantizedArray", "encode", "format_of", "is_quantized", "s
            "zeros"]
 
 SMALLEST = 4096  # elements; a smaller leaf saves too few bytes
+PARTS = 8  # of a block, whose maxima are taken first
 BLOCKS = {8: (128, 64), 4: (32,)}  # accepted lengths of blocks by bits, the first that fits
 
 
@@ -94,8 +95,7 @@ class QuantizedArray:
         share = codes * np.asarray(1 / self.format.levels, dtype)
         if self.format.nonnegative:
             share = share * share
-        scale = self.scales.astype(dtype)[..., None]
-        return (share * jnp.abs(share) * scale).reshape(self.shape)
+        return share * jnp.abs(share) * _spread(self.scales.astype(dtype), self.format)
 
 
 def is_quantized(node: Any) -> bool:
@@ -139,55 +139,63 @@ def _zeros(like: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 def encode(values: jax.Array, format: Format, bits: jax.Array | None) -> QuantizedArray:
     """Codes for numbers, rounded stochastically with random bits, or to the nearest without."""
-    levels = format.levels
-    *lead, last = values.shape
-    blocks = values.astype(jnp.float32).reshape(*lead, last // format.block, format.block)
-    scales = _rounded_up(jnp.max(jnp.abs(blocks), axis=-1, keepdims=True))
+    values, levels = values.astype(jnp.float32), format.levels
+    scales = _scales(values, format)
     # The reciprocals of the largest scales are no normal numbers, which XLA takes for 0.
     factor = jnp.where(scales > 2.0**100, 2.0**-64, 1.0)
-    share = jnp.abs(blocks) * factor / jnp.where(scales == 0, 1.0, scales * factor)
+    reciprocals = 1.0 / jnp.where(scales == 0, 1.0, scales * factor)
+    share = jnp.abs(values) * _spread(factor, format) * _spread(reciprocals, format)
     root = jnp.sqrt(share)
     steps = levels * (jnp.sqrt(root) if format.nonnegative else root)
     below = jnp.clip(jnp.floor(steps), 1 if format.nonnegative else 0, levels - 1)
-    low, high = (_power(code * (1 / levels), format) for code in (below, below + 1))
-    limit = 0.5 if bits is None else as_uniform(bits).reshape(blocks.shape)
-    codes = jnp.where(limit * (high - low) < share - low, below + 1, below)
-    codes = jnp.where(share > 0, codes, 0.0)
-    codes = codes if format.nonnegative else jnp.copysign(codes, blocks)
-    scales = jnp.where(jnp.isnan(share).any(axis=-1, keepdims=True), jnp.nan, scales)
-    return QuantizedArray(_packed(codes, format), scales[..., 0].astype(jnp.bfloat16), format)
+    low, high = _power(below, format), _power(below + 1, format)
+    limit = 0.5 if bits is None else as_uniform(bits)
+    is_above = limit * (high - low) < share * _power(jnp.float32(levels), format) - low
+    codes = jnp.where(share > 0, below + is_above.astype(jnp.float32), 0.0)
+    codes = codes if format.nonnegative else jnp.where(values < 0, -codes, codes)
+    return QuantizedArray(_packed(codes.astype(jnp.int32), format), scales.astype(jnp.bfloat16),
+                          format)
 
 
-def _power(share: jax.Array, format: Format) -> jax.Array:
-    square = share * share
+def _power(codes: jax.Array, format: Format) -> jax.Array:
+    square = codes * codes
     return square * square if format.nonnegative else square
 
 
-def _rounded_up(values: jax.Array) -> jax.Array:
-    """Numbers that bfloat16 holds, none below the values but for those above its largest."""
-    raw = lax.bitcast_convert_type(values, jnp.uint32)
-    up = lax.bitcast_convert_type((raw + jnp.uint32(0xFFFF)) & jnp.uint32(0xFFFF0000), jnp.float32)
-    largest = jnp.float32(jnp.finfo(jnp.bfloat16).max)
-    return jnp.where(jnp.isfinite(values), jnp.minimum(up, largest), values)
+def _scales(values: jax.Array, format: Format) -> jax.Array:
+    """The largest magnitude of each block, rounded up to bfloat16; NaN if one is not finite."""
+    raw = lax.bitcast_convert_type(jnp.abs(values), jnp.int32)  # in the order of the numbers
+    # XLA on the CPU keeps the values in memory for a maximum of floats, or of more at once.
+    parts = raw.reshape(*raw.shape[:-1], -1, PARTS, format.block // PARTS)
+    largest = parts[..., 0, :]
+    for part in range(1, PARTS):
+        largest = jnp.maximum(largest, parts[..., part, :])
+    raw = jnp.max(largest, axis=-1)
+    up = lax.bitcast_convert_type((raw + 0xFFFF) & ~0xFFFF, jnp.float32)
+    is_finite = raw < 0x7F800000
+    return jnp.where(is_finite, jnp.minimum(up, jnp.finfo(jnp.bfloat16).max), jnp.nan)
+
+
+def _spread(scales: jax.Array, format: Format) -> jax.Array:
+    """A number for each block as one for each element."""
+    each = jnp.broadcast_to(scales[..., None], (*scales.shape, format.block))
+    return each.reshape(*scales.shape[:-1], -1)
 
 
 def _packed(codes: jax.Array, format: Format) -> jax.Array:
-    """Whole numbers in blocks as an array of codes."""
-    whole = codes.astype(jnp.int32)
-    if format.bits == 4:
-        first, second = jnp.split(whole & 15, 2, axis=-1)
-        whole = first | (second << 4)
-    dtype = jnp.int8 if format.bits == 8 and not format.nonnegative else jnp.uint8
-    return whole.astype(dtype).reshape(*codes.shape[:-2], -1)
+    """Whole numbers as an array of codes."""
+    if format.bits == 8:
+        return codes.astype(jnp.uint8 if format.nonnegative else jnp.int8)
+    halves = (codes & 15).reshape(*codes.shape[:-1], -1, 2, format.block // 2)
+    both = halves[..., 0, :] | (halves[..., 1, :] << 4)
+    return both.astype(jnp.uint8).reshape(*codes.shape[:-1], -1)
 
 
 def _unpacked(codes: jax.Array, format: Format) -> jax.Array:
     """The inverse of `_packed`."""
-    blocks = codes.reshape(*codes.shape[:-1], -1, format.block * format.bits // 8)
     if format.bits == 8:
-        return blocks
-    both = blocks.astype(jnp.int32)
-    halves = [both & 15, both >> 4]
-    if not format.nonnegative:  # two's complement
-        halves = [(half ^ 8) - 8 for half in halves]
-    return jnp.concatenate(halves, axis=-1)
+        return codes
+    blocks = codes.astype(jnp.int32).reshape(*codes.shape[:-1], -1, 1, format.block // 2)
+    shifts = jnp.arange(2, dtype=jnp.int32)[:, None] * 4
+    halves = ((blocks >> shifts) & 15).reshape(*codes.shape[:-1], -1)
+    return halves if format.nonnegative else (halves ^ 8) - 8  # two's complement
