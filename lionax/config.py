@@ -22,7 +22,7 @@ from lionax.core.definition import Foreign
 from lionax.core.hyperparameters import Injected
 from lionax.core.masks import PathLabels, PathMask, PathTree
 from lionax.core.rule import Definition, Rule
-from lionax.core.storage import Storage
+from lionax.core.storage import Storage, StorageByPath
 from lionax.core.transformation import Transformation
 from lionax.transforms import (
     accumulation,
@@ -50,7 +50,7 @@ _TYPES: dict[str, type] = {cls.__name__: cls for cls in (
     combining.SetToZero, conditional.DynamicLossScale, conditional.SkipIf, conditional.Unscale,
     decay.AddDecayedWeights, low_precision.MasterWeights, measuring.Monitor, momentum.Ema,
     momentum.Trace, scaling.Scale, scaling.ScaleByLearningRate, sign_momentum.ScaleByLion,
-    Storage, tf_models.ZeroNorm, Injected,
+    Storage, StorageByPath, tf_models.ZeroNorm, Injected,
     hyperparameters.Interval, PathLabels, PathMask, PathTree, keras_parts.Decayed,
     keras_parts.EveryWindow, keras_parts.FirstCopies, keras_parts.KerasAverage, keras3.Shrunk,
     tf_models.InverseTime, keras_schedules.CosineDecay, keras_schedules.ExponentialDecay,
@@ -253,7 +253,7 @@ def _fits(value: Any, field: dataclasses.Field) -> bool:
         is_known = is_registered or isinstance(value, (Injected, *_SCHEDULES))
         return value is None or _is_number(value) or is_known
     if field.name.endswith("_dtype"):
-        return isinstance(value, str | Storage | None)
+        return isinstance(value, str | Storage | StorageByPath | None)
     return _is_a(value, field.type)
 
 
@@ -281,5 +281,5 @@ def _is_a(value: Any, annotation: Any) -> bool:
     if annotation is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if annotation is Any:
-        return value is None or isinstance(value, bool | int | float | str | tuple)
+        return value is None or isinstance(value, bool | int | float | str | tuple | Storage)
     return isinstance(value, type(None) if annotation is None else annotation)

@@ -23,7 +23,7 @@ from lionax.core.branching import branch
 from lionax.core.definition import Conditional
 from lionax.core.layout import Layout, Stage, StateError, sweeps
 from lionax.core.quantized import shapes_of
-from lionax.core.rule import Definition, Observer, Rule, Step
+from lionax.core.rule import Definition, Observer, Rule, Step, at_path
 from lionax.core.settings import Settings, StaticRule
 from lionax.core.state import (
     State,
@@ -160,7 +160,7 @@ class Run:
         """Applies a rule to one leaf."""
         self._check(stage, leaf)
         update, param, slots = self.updates[leaf], self.param[leaf], self.slots[stage.index]
-        static, operands, shared = self._bind(stage, self._dtype(leaf))
+        static, operands, shared = self._bind(stage, leaf)
         self.updates[leaf], slots[leaf] = _apply(
             static, operands, update, slots[leaf], param, self.count, tree_norms, shared,
             np.uint32(stage.index << 20 ^ leaf))
@@ -170,12 +170,13 @@ class Run:
         arrays = (self.grads.values[leaf], self.param[leaf])
         return storage.compute_dtype(*(array for array in arrays if not is_placeholder(array)))
 
-    def _bind(self, stage: Stage, dtype: np.dtype) -> tuple[StaticRule, dict[str, jax.Array], Any]:
-        """A rule for arithmetic in a dtype: the static part, its operands, what leaves share."""
-        key = (stage.index, dtype)
+    def _bind(self, stage: Stage, leaf: int) -> tuple[StaticRule, dict[str, jax.Array], Any]:
+        """A rule for a leaf: the static part, its operands, what leaves share."""
+        dtype, rule = self._dtype(leaf), at_path(stage.rule, self.grads.paths[leaf])
+        key = (stage.index, dtype, rule)
         if key not in self.bound:
             operands = self.settings.operands(stage, dtype)
-            static = StaticRule.of(stage.rule, dtype, tuple(operands))
+            static = StaticRule.of(rule, dtype, tuple(operands))
             self.bound[key] = static, operands, _prepare(static, operands, self.count)
         return self.bound[key]
 

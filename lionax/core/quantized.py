@@ -49,8 +49,8 @@ class QuantizedArray:
     axis:
 
     - ``codes`` has the shape ``(*lead, n)`` and int8, or uint8 where no element is negative. With
-      4 bits it has the shape ``(*lead, n/2)`` and uint8: in each block the lower halves of the
-      bytes are the first ``B/2`` elements, the upper halves the others.
+      4 bits it has the shape ``(*lead, n/2)`` and uint8: the lower half of byte ``i`` is the
+      element ``2i``, the upper half the next.
     - ``scales`` has the shape ``(*lead, n/B)`` and bfloat16: the largest magnitude in the block,
       rounded up. A finite one is at most bfloat16's largest number.
     - ``format`` is static. `Format` gives the equation between codes and numbers.
@@ -186,16 +186,14 @@ def _packed(codes: jax.Array, format: Format) -> jax.Array:
     """Whole numbers as an array of codes."""
     if format.bits == 8:
         return codes.astype(jnp.uint8 if format.nonnegative else jnp.int8)
-    halves = (codes & 15).reshape(*codes.shape[:-1], -1, 2, format.block // 2)
-    both = halves[..., 0, :] | (halves[..., 1, :] << 4)
-    return both.astype(jnp.uint8).reshape(*codes.shape[:-1], -1)
+    halves = (codes & 15).reshape(*codes.shape[:-1], -1, 2)
+    return (halves[..., 0] | (halves[..., 1] << 4)).astype(jnp.uint8)
 
 
 def _unpacked(codes: jax.Array, format: Format) -> jax.Array:
     """The inverse of `_packed`."""
     if format.bits == 8:
         return codes
-    blocks = codes.astype(jnp.int32).reshape(*codes.shape[:-1], -1, 1, format.block // 2)
-    shifts = jnp.arange(2, dtype=jnp.int32)[:, None] * 4
-    halves = ((blocks >> shifts) & 15).reshape(*codes.shape[:-1], -1)
+    shifts = jnp.arange(2, dtype=jnp.int32) * 4
+    halves = ((codes.astype(jnp.int32)[..., None] >> shifts) & 15).reshape(*codes.shape[:-1], -1)
     return halves if format.nonnegative else (halves ^ 8) - 8  # two's complement

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType
 
-from lionax.core.varying import varying_axes
+from lionax.core.varying import is_unchecked, varying_axes
 
 __all__ = ["as_uniform", "folded", "is_low_precision", "random_bits", "rounded",
            "to_integers", "ulp"]
@@ -36,6 +36,10 @@ def random_bits(key: jax.Array, like: jax.Array) -> jax.Array:
     and the device's index along the axes over which the array varies is mixed in. A ``vmap`` gives
     all its members the same bits.
     """
+    if is_unchecked():
+        raise ValueError("stochastic rounding: inside of shard_map(check_vma=False) types do not "
+                         "say along which axes an array differs, so replicas would differ; leave "
+                         "check_vma=True, or store with Storage(dtype, rounding='nearest')")
     for axis in sorted(varying_axes(like)):
         key = folded(key, lax.axis_index(axis))
     sharding = jax.typeof(like).sharding

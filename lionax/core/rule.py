@@ -36,7 +36,7 @@ Rules are data: two transformations built alike are equal, hash alike, pickle an
 
 import dataclasses
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -47,8 +47,11 @@ from jax.core import Tracer
 
 from lionax.core import storage
 from lionax.core.hyperparameters import Held, Interval, check_scalar
+from lionax.core.masks import PathMask
+from lionax.core.tree import Keys
 
-__all__ = ["Applied", "Definition", "Observer", "Rule", "Step"]
+__all__ = ["Applied", "Definition", "Observer", "Rule", "Step", "at_path",
+           "check_paths"]
 
 Applied = tuple[Any, Any]
 """What `Rule.apply` returns: the new update and the new slots."""
@@ -157,6 +160,24 @@ class Rule(Definition):
         kinds = " or ".join(kind.__name__ for kind in self.dtypes)
         raise TypeError(f"{self.name}: {what} has dtype {leaf.dtype}; {kinds} is accepted; "
                         f"{remedy}")
+
+
+def at_path(rule: Rule, path: str) -> Rule:
+    """The rule for one leaf, whose slots may be stored in a way of their own."""
+    chosen = {name: value.at(path) for name, value in _by_path(rule).items()}
+    return dataclasses.replace(rule, **chosen) if chosen else rule
+
+
+def check_paths(rule: Rule, keys: Sequence[Keys]) -> None:
+    """Refuses a storage by path of which a regular expression matches no leaf."""
+    for value in _by_path(rule).values():
+        PathMask(tuple(regex for regex, _ in value.rules)).select(keys, (), rule.name)
+
+
+def _by_path(rule: Rule) -> dict[str, storage.StorageByPath]:
+    fields = {field.name: getattr(rule, field.name) for field in dataclasses.fields(rule)}
+    return {name: value for name, value in fields.items()
+            if isinstance(value, storage.StorageByPath)}
 
 
 class Observer(Rule):

@@ -12,7 +12,7 @@ from lionax.core.definition import is_stateless
 from lionax.core.hyperparameters import Hyperparameters, register_with_flax
 from lionax.core.inspection import contents_table, described
 from lionax.core.layout import Layout, Stage, StateError
-from lionax.core.rule import Definition, Rule
+from lionax.core.rule import Definition, Rule, at_path, check_paths
 from lionax.core.settings import Settings
 from lionax.core.tree import Leaves, placeholder
 
@@ -85,12 +85,13 @@ def first_difference(state: Any, definition: Definition, params: Any) -> str:
 def _init_stage(stage: Stage, leaves: Leaves) -> Any:
     if stage.is_tree_wide:
         return stage.rule.init(leaves.tree(leaves.values, stage.active))
+    check_paths(stage.rule, leaves.keys)
     slots = []
     for value, path, is_active in zip(leaves.values, leaves.paths, stage.active, strict=True):
         if is_active:
             stage.rule.check_leaf(value, f"the parameter {path!r}")
         try:
-            slots.append(stage.rule.init(value) if is_active else None)
+            slots.append(at_path(stage.rule, path).init(value) if is_active else None)
         except TypeError as error:
             raise TypeError(f"{stage.rule.name}: {path!r}: {error}") from None
     return trees_of_slots(slots, stage, leaves)

@@ -5,8 +5,9 @@ Arithmetic runs in float32, in float64 for float64 leaves. A slot's dtype is fix
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, Literal
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +15,14 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import AxisType
 
+from lionax.core.masks import check_regexes
 from lionax.core.quantized import encode, format_of, is_quantized, zeros
 from lionax.core.rounding import folded, is_low_precision, random_bits, rounded
 from lionax.core.tree import is_float0, is_placeholder
 
-__all__ = ["Storage", "StorageLike", "accumulator_dtype", "add", "check_storage", "compute_dtype",
-           "in_place_of", "is_complex", "is_rounded", "load", "loaded", "store", "stored",
-           "zero_slot"]
+__all__ = ["Storage", "StorageByPath", "StorageLike", "accumulator_dtype", "add",
+           "check_storage", "compute_dtype", "in_place_of", "is_complex", "is_rounded", "load",
+           "loaded", "store", "stored", "zero_slot"]
 
 CODES = {"int8": 8, "int4": 4}
 
@@ -71,13 +73,37 @@ class Storage:
 
 
 StorageLike = Any
-"""A `Storage` or what it takes as its dtype."""
+"""A `Storage`, what it takes as its dtype, or a dict of these by regular expressions over paths."""
 
 
-def check_storage(value: StorageLike, owner: str, argument: str) -> Storage | None:
+@dataclasses.dataclass(frozen=True)
+class StorageByPath:
+    """A `Storage` for each leaf: that of the first regular expression that its path matches."""
+
+    rules: tuple[tuple[str, Any], ...]  # expression and storage
+    dtype: ClassVar[None] = None  # where no path is known
+
+    def __post_init__(self):
+        rules = tuple((regex, check_storage(value, "Storage", f"dtype for {regex!r}"))
+                      for regex, value in self.rules)
+        object.__setattr__(self, "rules", rules)
+
+    def __repr__(self) -> str:
+        return repr(dict(self.rules))
+
+    def at(self, path: str) -> Storage | None:
+        """How the slots of the leaf with this path are stored."""
+        return next((storage for regex, storage in self.rules if re.search(regex, path)), None)
+
+
+def check_storage(value: StorageLike, owner: str, argument: str) -> Storage | StorageByPath | None:
     """A storage argument as a `Storage`; refuses what is no dtype of slots."""
-    if value is None or isinstance(value, Storage):
+    if value is None or isinstance(value, Storage | StorageByPath):
         return value
+    if isinstance(value, Mapping):
+        check_regexes(value, owner)
+        return StorageByPath(tuple((regex, check_storage(one, owner, argument))
+                                   for regex, one in value.items()))
     return Storage(_checked_dtype(value, owner, argument))
 
 
@@ -132,7 +158,7 @@ def zero_slot(param: jax.Array, dtype: StorageLike = None, *, nonnegative: bool 
     >>> lionax.zero_slot(jnp.ones(2), jnp.bfloat16)
     Array([0, 0], dtype=bfloat16)
     """
-    storage = check_storage(dtype, "zero_slot", "dtype") or Storage()
+    storage: Any = check_storage(dtype, "zero_slot", "dtype") or Storage()
     dtype = param.dtype if storage.dtype is None else storage.dtype
     if dtype.name in CODES:
         if not is_complex(param) and (

@@ -171,7 +171,7 @@ class _Recorder(engine.Run):
     def _factor(self, stage: Stage, leaf: int, before: Any, slots: Any,
                 tree_norms: tuple[jax.Array, ...]) -> jax.Array:
         """What a rule that scales a leaf by its norms makes of 1."""
-        static, operands, shared = self._bind(stage, self._dtype(leaf))
+        static, operands, shared = self._bind(stage, leaf)
         rule, one = static.with_values(operands), jnp.ones((), static.dtype)
         found = engine.norms_for(rule, before, self.param[leaf], tree_norms)
         return rule.apply(one, slots, one, Step(self.count, found, shared))[0]
