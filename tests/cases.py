@@ -150,6 +150,9 @@ CASES: dict[str, Case] = {
         lionax.chain(lionax.clip_by_global_norm(1.0), lionax.lion(0.1)))),
     "monitor_conditional": Case("monitor", lambda: lionax.monitor(lionax.dynamic_loss_scale(
         lionax.accumulate(lionax.sgd(0.1, 0.9), 2), 4.0, 3), every=3)),
+    "master_weights": Case("master_weights", lambda: lionax.master_weights(lionax.lion(0.1))),
+    "master_weights_int8": Case("master_weights", lambda: lionax.chain(
+        lionax.clip_by_global_norm(1.0), lionax.master_weights(lionax.lamb(0.1), "int8"))),
     "unscale": Case("unscale", lambda: lionax.unscale(128.0)),
     "identity": Case("identity", lionax.identity, optax.identity),
     "set_to_zero": Case("set_to_zero", lionax.set_to_zero, optax.set_to_zero),

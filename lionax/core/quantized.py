@@ -57,6 +57,16 @@ class QuantizedArray:
     - An element is 0 if and only if its code or its scale is. The code of a positive number that
       may not be negative is at least 1.
     - A NaN or an infinite element makes its block NaN.
+
+    Args:
+      codes: as above.
+      scales: as above.
+      format: as above.
+
+    >>> import jax.numpy as jnp, lionax
+    >>> slot = lionax.lion(1e-3, mu_dtype="int8").init(jnp.zeros((64, 128))).rules[0].mu
+    >>> slot.shape, slot.codes.dtype.name, slot.scales.shape, slot.nbytes
+    ((64, 128), 'int8', (64, 1), 8320)
     """
 
     codes: jax.Array
@@ -173,7 +183,7 @@ def _scales(values: jax.Array, format: Format) -> jax.Array:
     raw = jnp.max(largest, axis=-1)
     up = lax.bitcast_convert_type((raw + 0xFFFF) & ~0xFFFF, jnp.float32)
     is_finite = raw < 0x7F800000
-    return jnp.where(is_finite, jnp.minimum(up, jnp.finfo(jnp.bfloat16).max), jnp.nan)
+    return jnp.where(is_finite, jnp.minimum(up, float(jnp.finfo(jnp.bfloat16).max)), jnp.nan)
 
 
 def _spread(scales: jax.Array, format: Format) -> jax.Array:
