@@ -12,6 +12,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lionax.core.rounding import as_uniform
+from lionax.core.varying import varying_axes
 
 __all__ = ["Format", "QuantizedArray", "encode", "format_of", "is_quantized", "shapes_of",
            "zeros"]
@@ -90,12 +91,13 @@ class QuantizedArray:
 
     def decode(self, dtype: Any = jnp.float32) -> jax.Array:
         """The numbers that the codes stand for."""
-        codes = _unpacked(self.codes, self.format).astype(dtype)
+        blocks = self.shape[-1] // self.format.block
+        codes = _unpacked(_in_whole_blocks(self.codes, blocks), self.format).astype(dtype)
         share = codes * np.asarray(1 / self.format.levels, dtype)
         if self.format.nonnegative:
             share = share * share
         scale = self.scales.astype(dtype)[..., None]
-        return (share * jnp.abs(share) * scale).reshape(self.shape)
+        return _placed((share * jnp.abs(share) * scale).reshape(self.shape), self.codes)
 
 
 def is_quantized(node: Any) -> bool:
@@ -128,20 +130,44 @@ def _zeros(like: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     sharding = jax.typeof(like).sharding if isinstance(like, Tracer) else like.sharding
     if not isinstance(sharding, NamedSharding) or (
             isinstance(like, Tracer) and AxisType.Explicit not in sharding.mesh.axis_types):
-        return jnp.zeros(shape, dtype)
+        axes = tuple(varying_axes(like)) if isinstance(like, Tracer) else ()
+        zero = jnp.zeros(shape, dtype)
+        return lax.pcast(zero, axes, to="varying") if axes else zero
+    return jnp.zeros(shape, dtype, device=_fitting(sharding, shape))
+
+
+def _fitting(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """A sharding for a shape with another last axis, which is not split where it cannot be."""
     spec = (*sharding.spec, *[None] * len(shape))[:len(shape)]
-    sizes = sharding.mesh.shape
     axes = spec[-1] if isinstance(spec[-1], tuple) else (spec[-1],) * (spec[-1] is not None)
-    if shape[-1] % math.prod(sizes[axis] for axis in axes):
+    if shape[-1] % math.prod(sharding.mesh.shape[axis] for axis in axes):
         spec = (*spec[:-1], None)
-    return jnp.zeros(shape, dtype, device=NamedSharding(sharding.mesh, PartitionSpec(*spec)))
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+
+
+def _in_whole_blocks(array: jax.Array, blocks: int) -> jax.Array:
+    """On an explicit mesh, whose shards a reshape must not split, shards of whole blocks."""
+    sharding = jax.typeof(array).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return array
+    fitting = _fitting(sharding, (*array.shape[:-1], blocks))
+    return jax.sharding.reshard(array, fitting) if fitting.spec != sharding.spec else array
+
+
+def _placed(array: jax.Array, like: jax.Array) -> jax.Array:
+    """On an explicit mesh an array in the sharding of another, where its last axis allows it."""
+    sharding = jax.typeof(like).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return array
+    return jax.sharding.reshard(array, _fitting(sharding, array.shape))
 
 
 def encode(values: jax.Array, format: Format, bits: jax.Array | None) -> QuantizedArray:
     """Codes for numbers, rounded stochastically with random bits, or to the nearest without."""
     levels = format.levels
     *lead, last = values.shape
-    blocks = values.astype(jnp.float32).reshape(*lead, last // format.block, format.block)
+    shape = (*lead, last // format.block, format.block)
+    blocks = _in_whole_blocks(values, shape[-2]).astype(jnp.float32).reshape(shape)
     scales = _rounded_up(jnp.max(jnp.abs(blocks), axis=-1, keepdims=True))
     # The reciprocals of the largest scales are no normal numbers, which XLA takes for 0.
     factor = jnp.where(scales > 2.0**100, 2.0**-64, 1.0)
@@ -150,12 +176,13 @@ def encode(values: jax.Array, format: Format, bits: jax.Array | None) -> Quantiz
     steps = levels * (jnp.sqrt(root) if format.nonnegative else root)
     below = jnp.clip(jnp.floor(steps), 1 if format.nonnegative else 0, levels - 1)
     low, high = (_power(code * (1 / levels), format) for code in (below, below + 1))
-    limit = 0.5 if bits is None else as_uniform(bits).reshape(blocks.shape)
+    limit = 0.5 if bits is None else as_uniform(_in_whole_blocks(bits, shape[-2])).reshape(shape)
     codes = jnp.where(limit * (high - low) < share - low, below + 1, below)
     codes = jnp.where(share > 0, codes, 0.0)
     codes = codes if format.nonnegative else jnp.copysign(codes, blocks)
     scales = jnp.where(jnp.isnan(share).any(axis=-1, keepdims=True), jnp.nan, scales)
-    return QuantizedArray(_packed(codes, format), scales[..., 0].astype(jnp.bfloat16), format)
+    scales = scales[..., 0].astype(jnp.bfloat16)
+    return QuantizedArray(_placed(_packed(codes, format), values), _placed(scales, values), format)
 
 
 def _power(share: jax.Array, format: Format) -> jax.Array:
