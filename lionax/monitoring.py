@@ -11,7 +11,7 @@ import jax
 
 from lionax.compiler import compiler_options
 from lionax.core.definition import Conditional
-from lionax.core.inspection import contents_by_leaf
+from lionax.core.inspection import bytes_of, contents_by_leaf
 from lionax.core.layout import Layout, sweeps
 from lionax.core.rule import Definition
 from lionax.core.table import Shown, Table, in_bytes
@@ -162,12 +162,12 @@ def summary(tx: Transformation, params: Any) -> Summary:
     rows = tuple(
         LeafSummary(path, value.shape, value.dtype.name, tuple(names),
                     tuple(f"{field} {array.dtype.name}" for field, array in arrays),
-                    sum(_bytes(array) for _, array in arrays))
+                    sum(bytes_of(array) for _, array in arrays))
         for path, value, names, arrays, here in zip(
             leaves.paths, leaves.values, acting, kept, leaves.present, strict=True) if here)
     arrays = jax.tree.leaves(shapes)
     return Summary(rows, sum(math.prod(array.shape) for array in arrays),
-                   sum(map(_bytes, arrays)), sum(map(_bytes, jax.tree.leaves(state))))
+                   sum(map(bytes_of, arrays)), sum(map(bytes_of, jax.tree.leaves(state))))
 
 
 def _acting(definition: Definition, leaves: Leaves) -> list[list[str]]:
@@ -181,10 +181,6 @@ def _acting(definition: Definition, leaves: Leaves) -> list[list[str]]:
         for leaf, is_active in enumerate(stage.active):
             names[leaf] += [stage.rule.name, *inside[leaf]] if is_active else []
     return names
-
-
-def _bytes(array: Any) -> int:
-    return math.prod(array.shape) * array.dtype.itemsize
 
 
 def _shapes(tx: Any, params: Any, owner: str) -> tuple[Leaves, Any]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from lionax.core import storage
+from lionax.core.quantized import is_quantized
 from lionax.core.state import State
 from lionax.transforms.adaptive import ScaleByAdamState
 from lionax.transforms.momentum import TraceState
@@ -129,9 +130,9 @@ def _filled(into: Any, moments: dict[str, Any], owner: str) -> Any:
                          "match")
 
     def one(path: Any, old: Any, new: Any) -> Any:
-        if jnp.shape(old) != jnp.shape(new):
+        if old.shape != new.shape:
             raise ValueError(f"{owner}: the moment {jax.tree_util.keystr(path)} has shape "
-                             f"{jnp.shape(new)}, that of into {jnp.shape(old)}")
+                             f"{new.shape}, that of into {old.shape}")
         return storage.in_place_of(new, old)
 
     def fill(node: Any) -> Any:
@@ -141,8 +142,9 @@ def _filled(into: Any, moments: dict[str, Any], owner: str) -> Any:
         try:
             trees = {field: (getattr(node, field), getattr(moments[kind], field))
                      for field in _FIELDS[kind]}
-            return node._replace(**{field: jax.tree_util.tree_map_with_path(one, *pair)
-                                    for field, pair in trees.items()})
+            return node._replace(**{
+                field: jax.tree_util.tree_map_with_path(one, *pair, is_leaf=is_quantized)
+                for field, pair in trees.items()})
         except ValueError as error:
             raise ValueError(f"{owner}: {error}") from None
 

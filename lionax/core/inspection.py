@@ -1,5 +1,6 @@
 """What a state holds: its arrays by rule, field and leaf."""
 
+import math
 from collections import defaultdict
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from lionax.core.quantized import is_quantized
 from lionax.core.table import Table, in_bytes
 from lionax.core.tree import Keys, Leaves, is_placeholder, keyed_leaves
 
-__all__ = ["HeldArray", "contents", "contents_by_leaf", "contents_table", "described",
+__all__ = ["HeldArray", "bytes_of", "contents", "contents_by_leaf", "contents_table", "described",
            "holds_state"]
 
 LONGEST = 1400  # characters of a description
@@ -83,6 +84,11 @@ def contents_by_leaf(state: Any, leaves: Leaves) -> list[list[tuple[str, Any]]]:
              if field in ("live", "gradients") or array.shape == shape != ()]]
 
 
+def bytes_of(array: Any) -> int:
+    """The bytes of an array, of codes with their scales, or of what has a shape and a dtype."""
+    return array.nbytes if is_quantized(array) else math.prod(array.shape) * array.dtype.itemsize
+
+
 def contents_table(state: Any) -> Table:
     """A row for each field of a rule."""
     fields = defaultdict(list)
@@ -92,7 +98,7 @@ def contents_table(state: Any) -> Table:
     for (kind, field), arrays in fields.items():
         # A state may be mapped to shardings, bools or names.
         kinds = sorted({str(getattr(array, "dtype", type(array).__name__)) for array in arrays})
-        size = sum(array.size * array.dtype.itemsize for array in arrays if hasattr(array, "dtype"))
+        size = sum(bytes_of(array) for array in arrays if hasattr(array, "dtype"))
         rows.append((kind, field, f"{len(arrays)} {', '.join(kinds)}", in_bytes(size)))
     return Table(("state", "field", "arrays", "bytes"), rows)
 

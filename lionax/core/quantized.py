@@ -12,6 +12,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lionax.core.rounding import as_uniform
+from lionax.core.varying import varying_axes
 
 __all__ = ["Format", "QuantizedArray", "encode", "format_of", "is_quantized", "shapes_of",
            "zeros"]
@@ -101,11 +102,13 @@ class QuantizedArray:
 
     def decode(self, dtype: Any = jnp.float32) -> jax.Array:
         """The numbers that the codes stand for."""
-        codes = _unpacked(self.codes, self.format).astype(dtype)
+        blocks = self.shape[-1] // self.format.block
+        codes = _unpacked(_in_whole_blocks(self.codes, blocks), self.format).astype(dtype)
         share = codes * np.asarray(1 / self.format.levels, dtype)
         if self.format.nonnegative:
             share = share * share
-        return share * jnp.abs(share) * _spread(self.scales.astype(dtype), self.format)
+        return _placed(share * jnp.abs(share) * _spread(self.scales.astype(dtype), self.format),
+                       self.codes)
 
 
 def is_quantized(node: Any) -> bool:
@@ -138,18 +141,44 @@ def _zeros(like: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     sharding = jax.typeof(like).sharding if isinstance(like, Tracer) else like.sharding
     if not isinstance(sharding, NamedSharding) or (
             isinstance(like, Tracer) and AxisType.Explicit not in sharding.mesh.axis_types):
-        return jnp.zeros(shape, dtype)
+        axes = tuple(varying_axes(like)) if isinstance(like, Tracer) else ()
+        zero = jnp.zeros(shape, dtype)
+        return lax.pcast(zero, axes, to="varying") if axes else zero
+    return jnp.zeros(shape, dtype, device=_fitting(sharding, shape))
+
+
+def _fitting(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """A sharding for a shape with another last axis, which is not split where it cannot be."""
     spec = (*sharding.spec, *[None] * len(shape))[:len(shape)]
-    sizes = sharding.mesh.shape
     axes = spec[-1] if isinstance(spec[-1], tuple) else (spec[-1],) * (spec[-1] is not None)
-    if shape[-1] % math.prod(sizes[axis] for axis in axes):
+    if shape[-1] % math.prod(sharding.mesh.shape[axis] for axis in axes):
         spec = (*spec[:-1], None)
-    return jnp.zeros(shape, dtype, device=NamedSharding(sharding.mesh, PartitionSpec(*spec)))
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+
+
+def _in_whole_blocks(array: jax.Array, blocks: int) -> jax.Array:
+    """On an explicit mesh, whose shards a reshape must not split, shards of whole blocks."""
+    sharding = jax.typeof(array).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return array
+    fitting = _fitting(sharding, (*array.shape[:-1], blocks))
+    return jax.sharding.reshard(array, fitting) if fitting.spec != sharding.spec else array
+
+
+def _placed(array: jax.Array, like: jax.Array) -> jax.Array:
+    """On an explicit mesh an array in the sharding of another, where its last axis allows it."""
+    sharding = jax.typeof(like).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return array
+    return jax.sharding.reshard(array, _fitting(sharding, array.shape))
 
 
 def encode(values: jax.Array, format: Format, bits: jax.Array | None) -> QuantizedArray:
     """Codes for numbers, rounded stochastically with random bits, or to the nearest without."""
-    values, levels = values.astype(jnp.float32), format.levels
+    levels, given = format.levels, values
+    values = _in_whole_blocks(values, values.shape[-1] // format.block).astype(jnp.float32)
+    if bits is not None:
+        bits = _in_whole_blocks(bits, values.shape[-1] // format.block)
     scales = _scales(values, format)
     # The reciprocals of the largest scales are no normal numbers, which XLA takes for 0.
     factor = jnp.where(scales > 2.0**100, 2.0**-64, 1.0)
@@ -163,8 +192,8 @@ def encode(values: jax.Array, format: Format, bits: jax.Array | None) -> Quantiz
     is_above = limit * (high - low) < share * _power(jnp.float32(levels), format) - low
     codes = jnp.where(share > 0, below + is_above.astype(jnp.float32), 0.0)
     codes = codes if format.nonnegative else jnp.where(values < 0, -codes, codes)
-    return QuantizedArray(_packed(codes.astype(jnp.int32), format), scales.astype(jnp.bfloat16),
-                          format)
+    codes, scales = _packed(codes.astype(jnp.int32), format), scales.astype(jnp.bfloat16)
+    return QuantizedArray(_placed(codes, given), _placed(scales, given), format)
 
 
 def _power(codes: jax.Array, format: Format) -> jax.Array:

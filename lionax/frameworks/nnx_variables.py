@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.core import spmd
 
+from lionax.core.quantized import is_quantized
 from lionax.core.tree import is_placeholder
 
 __all__ = ["is_variable", "placed", "unwrapped"]
@@ -20,7 +21,8 @@ def is_variable(node: Any) -> bool:
 def unwrapped(state: Any) -> Any:
     """A state made for variables, without those whose metadata is not that of their array.
 
-    A masked leaf needs no variable. The sharding of a parameter does not fit a lower rank.
+    A masked leaf needs no variable. The sharding of a parameter does not fit a lower rank, nor
+    codes whose blocks it would split.
     """
 
     def one(node: Any) -> Any:
@@ -28,7 +30,9 @@ def unwrapped(state: Any) -> Any:
             return node
         value = node.get_raw_value()
         rank = min(map(jnp.ndim, jax.tree.leaves(value)), default=0)
-        return value if is_placeholder(value) or _rank(_sharding(node)) > rank else node
+        if is_placeholder(value) or _rank(_sharding(node)) > rank:
+            return value
+        return _without_sharding(node) if is_quantized(value) and _is_split(node) else node
 
     return jax.tree.map(one, state, is_leaf=is_variable)
 
@@ -47,6 +51,29 @@ def placed(variable: Any, value: Any) -> Any:
     if mesh.empty or not (mesh.are_all_axes_auto or mesh.are_all_axes_explicit):
         return value  # no mesh to place it on, or inside of shard_map
     return spmd.shard_value(value, sharding, variable.get_metadata("sharding_rules", None), mesh)
+
+
+def _is_split(variable: Any) -> bool:
+    """Whether the sharding that Flax will give to a slot does not divide its codes and scales."""
+    metadata = variable.get_metadata()
+    sharding = metadata.get("optimizer_sharding", _sharding(variable))
+    mesh = metadata.get("mesh", None) or jax.sharding.get_abstract_mesh()
+    if sharding is None or (mesh.empty and not isinstance(sharding, jax.sharding.NamedSharding)):
+        return False
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        spec = spmd.get_pspec(sharding, metadata.get("sharding_rules", None))
+        sharding = jax.sharding.NamedSharding(mesh, spec)
+    try:
+        jax.tree.map(lambda leaf: sharding.shard_shape(leaf.shape), variable.get_raw_value())
+    except ValueError:
+        return True
+    return False
+
+
+def _without_sharding(variable: Any) -> Any:
+    metadata = {name: value for name, value in variable.get_metadata().items()
+                if name not in ("out_sharding", "optimizer_sharding")}
+    return type(variable).from_metadata(variable.get_raw_value(), metadata)
 
 
 def _sharding(variable: Any) -> Any:
