@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 RATE = 1e-3
+NEAREST = lionax.Storage("bfloat16", rounding="nearest")  # as Optax rounds
 OPTAX_OPTIONS = "Optax, options"  # with `lionax.compiler_options`
 
 
@@ -198,7 +199,7 @@ CASES: dict[str, Case] = {
                      optax.chain(optax.clip_by_global_norm(1.0), optax.lion(RATE))),
         "Keras 3": keras("Lion", weight_decay=1e-3, global_clipnorm=1.0)}),
     "lion, mu_dtype=bfloat16": Case(16, "does as lion, with two bytes for the momentum", {
-        **with_optax(lionax.lion(RATE, mu_dtype="bfloat16"),
+        **with_optax(lionax.lion(RATE, mu_dtype=NEAREST),
                      optax.lion(RATE, mu_dtype="bfloat16"))}),
     "lamb": Case(40, "reads gradient, parameter and moments and writes the moments, while it sums; "
                  "then reads parameter and moments again and writes the parameter", {

@@ -44,8 +44,8 @@ def lion(learning_rate: Scalar, b1: Scalar = 0.9, b2: Scalar = 0.99, mu_dtype: S
         number may also be a 0-d array, a schedule (a function of the step) or ``inject(value)``.
       b1: the momentum's weight in the sign, in [0, 1].
       b2: the decay of the momentum in each step, in [0, 1].
-      mu_dtype: the dtype in which the momentum is stored: a floating-point one, or None for the
-        parameter's own.
+      mu_dtype: how the momentum is stored: what `Storage` takes, such as "bfloat16" or "int8"; a
+        dict of these by regular expressions over paths; None for the parameter's own dtype.
       weight_decay: the fraction of a parameter that is subtracted in each step, per unit of
         learning rate; at least 0. With 0 ``update`` needs no parameters.
       mask: the leaves to decay: a tree of bools with the parameters' structure or a prefix of it, a
@@ -101,9 +101,8 @@ def lamb(learning_rate: Scalar, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scala
       trust_mask: the leaves to scale by their norm, of the same kinds; None for all. Reference
         implementations leave biases and the scales of norms out of both:
         ``not_matching("bias", "scale")``.
-      mu_dtype: the dtype in which the first moment is stored: a floating-point one, or None for the
-        parameter's own.
-      nu_dtype: the dtype in which the second moment is stored, of the same kinds.
+      mu_dtype: how the first moment is stored, as in `lion`.
+      nu_dtype: how the second moment is stored, as ``mu_dtype``.
       base_learning_rate: None, or the greatest learning rate ``α`` of the schedule, above 0: the
         decay is then ``(lr/α)·wd·p``, outside of the ratio and multiplied by the schedule alone.
       max_trust_ratio: upper bound of ``‖p‖ / ‖u‖``, at least 0; None for no bound (LAMBC).
@@ -148,9 +147,9 @@ def adam(learning_rate: Scalar, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scala
       b2: in [0, 1).
       eps: at least 0.
       eps_root: at least 0.
-      mu_dtype: a floating-point dtype, or None.
+      mu_dtype: how the first moment is stored, as in `lion`.
       nesterov: whether to look ahead along the momentum.
-      nu_dtype: a floating-point dtype, or None.
+      nu_dtype: how the second moment is stored, as ``mu_dtype``.
 
     Raises:
       ValueError: for a number out of range or a storage dtype that is not floating-point.
@@ -187,13 +186,13 @@ def adamw(learning_rate: Scalar, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scal
       b2: the decay of the second moment in each step, in [0, 1).
       eps: added outside the root, at least 0, in units of the gradient.
       eps_root: added inside the root, at least 0; for derivatives through the step.
-      mu_dtype: the dtype in which the first moment is stored; None for the parameter's own.
+      mu_dtype: how the first moment is stored, as in `lion`.
       weight_decay: the fraction of a parameter that is subtracted in each step, per unit of
         learning rate; at least 0.
       mask: the leaves to decay: a tree of bools with the parameters' structure or a prefix of it, a
         function that makes one from the parameters, or `matching`; None for all.
       nesterov: whether to look ahead along the momentum, as in NAdam.
-      nu_dtype: the dtype in which the second moment is stored; None for the parameter's own.
+      nu_dtype: how the second moment is stored, as ``mu_dtype``.
       base_learning_rate: None, or the greatest learning rate ``α`` of the schedule, above 0: the
         decay is then ``(lr/α)·wd·p``, multiplied by the schedule alone.
 
@@ -237,8 +236,7 @@ def sgd(learning_rate: Scalar, momentum: Scalar | None = None, nesterov: bool = 
       momentum: the decay of the sum of gradients in each step, in [0, 1]; None for plain descent,
         which has no slots.
       nesterov: whether to look ahead along the momentum.
-      accumulator_dtype: the dtype in which the sum is stored: a floating-point one, or None for the
-        parameter's own.
+      accumulator_dtype: how the sum is stored, as ``mu_dtype`` in `lion`.
       dampening: the fraction that is taken off each gradient but the first, in [0, 1]. Without
         momentum it has no effect.
       weight_decay: the fraction of a parameter that is added to its gradient, at least 0.

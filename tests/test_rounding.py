@@ -1,5 +1,6 @@
 """Stochastic rounding, and the random bits by which it rounds."""
 
+import contextlib
 import functools
 import math
 
@@ -52,7 +53,8 @@ def test_floats_of_at_most_16_bits_are_low_precision():
     assert not any(map(is_low_precision, ("float32", "float64", "int8", "int16", "complex64")))
 
 
-values = st.floats(NORMAL, float(np.float32(3.4e38)), width=32).flatmap(lambda x: st.sampled_from([x, -x]))
+values = st.floats(NORMAL, float(np.float32(3.4e38)), width=32).flatmap(
+    lambda x: st.sampled_from([x, -x]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -338,14 +340,17 @@ def test_replicas_stay_equal_bit_for_bit_inside_of_shard_map():
         assert (leaf == leaf[:1]).all()
 
 
-def test_replicas_stay_equal_without_the_check_of_what_varies():
-    """Then JAX does not know what varies, and all shards have the same bits."""
-    def bits(like):
-        return random_bits(KEY, like)[None]
-
-    found = jax.jit(jax.shard_map(bits, mesh=meshes(AxisType.Auto), in_specs=P("x"),
-                                  out_specs=P("x"), check_vma=False))(jnp.zeros((16, 32)))
-    np.testing.assert_array_equal(found[0], found[1])
+@pytest.mark.parametrize(("rounding", "error"), [
+    ("nearest", contextlib.nullcontext()),
+    ("stochastic", pytest.raises(ValueError, match="check_vma=True, or store with Storage"))])
+def test_without_the_check_of_what_varies_it_is_refused(rounding, error):
+    tx = lionax.scale_by_lion(mu_dtype=lionax.Storage("bfloat16", rounding=rounding))
+    state = tx.init(jnp.zeros((16, 32)))
+    specs = jax.tree.map(lambda leaf: P("x") if leaf.ndim else P(), state)
+    update = jax.shard_map(tx.update, mesh=meshes(AxisType.Auto), in_specs=(P("x"), specs),
+                           out_specs=(P("x"), specs), check_vma=False)
+    with error:
+        update(jnp.ones((16, 32)), state)
 
 
 def test_members_of_a_vmap_share_their_bits():

@@ -65,7 +65,8 @@ def scale_by_lion(b1: Scalar = 0.9, b2: Scalar = 0.99, mu_dtype: StorageLike = N
     Args:
       b1: the momentum's weight in the sign, in [0, 1].
       b2: the momentum's decay, in [0, 1].
-      mu_dtype: how the momentum is stored: a floating-point dtype, or None for the parameter's own.
+      mu_dtype: how the momentum is stored: what `Storage` takes, such as "bfloat16" or "int8"; a
+        dict of these by regular expressions over paths; None for the parameter's own dtype.
       mode: "hard" takes the sign, "smooth" ``tanh(smooth_beta·x)``, "refined" ``x`` itself where
         ``|x| < 1`` and the sign elsewhere.
       smooth_beta: the slope of "smooth" at 0.
