@@ -163,7 +163,7 @@ def master_weights(tx: optax.GradientTransformation,
     | "bfloat16" | 2 | the rounding error |
     | "float32" | 4 | a master copy; a parameter more than an ulp away from it wins over it |
 
-    A float32 or float64 leaf is stepped as without it. Use `step`: between `update` and
+    A float32 or float64 leaf is stepped as without it. Use ``step``: between ``update`` and
     `apply_updates` an update is rounded to the gradient's dtype, and what is lost there is lost.
 
     Args:
