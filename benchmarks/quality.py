@@ -114,8 +114,8 @@ def results(task: Task, format: Format, seeds: int, steps: int) -> dict[str, Any
     """What a format reaches at the best rate of the sweep.
 
     Returns:
-      ``rate``; ``losses`` of the seeds, their ``mean`` and ``deviation``; the shares ``stalled`` and
-      ``signs``, None without Lion; the mean loss of each rate in ``sweep``.
+      ``rate``; ``losses`` of the seeds, their ``mean`` and ``deviation``; the shares ``stalled``
+      and ``signs``, None without Lion; the mean loss of each rate in ``sweep``.
     """
     keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
     run = jax.jit(jax.vmap(lambda rate, key: _train(task, format, steps, rate, key), (None, 0)),

@@ -6,6 +6,7 @@ import pathlib
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -30,6 +31,7 @@ Codes are for leaves of at least 4,096 elements.
 - loss: of the validation data at the end, mean ± standard deviation over the seeds.
 - from float32: the difference of the means, in standard deviations of float32. A format is within
   the spread if it is at most 1.
+- by seed: the difference of the losses from float32's with the same seed, mean ± standard error.
 - signs: the share of signs of Lion that differ from those of a float32 momentum fed the same
   gradients, over elements and steps.
 - stalled: the share of elements of the first moment that stay as stored though their exact new
@@ -53,13 +55,17 @@ def _table(task: dict[str, Any]) -> str:
     lines = [f"\n## {task['title'][0].upper()}{task['title'][1:]}\n",
              f"{task['steps']} steps, {task['seeds']} seeds, {task['elements']:,} parameters, "
              f"{share:.0%} of them in leaves of at least 4,096; {task['seconds']} s.\n",
-             "| format | loss | from float32 | rate | signs | stalled | spread |",
-             "| --- | --- | --- | --- | --- | --- | --- |"]
+             "| format | loss | from float32 | by seed | rate | signs | stalled | spread |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    reference = task["formats"]["float32"]
     for name, result in task["formats"].items():
-        distance, word = verdict(result, task["formats"]["float32"])
+        distance, word = verdict(result, reference)
+        by_seed = np.subtract(result["losses"], reference["losses"])
+        error = by_seed.std(ddof=1) / math.sqrt(by_seed.size)
         signs = "–" if result["signs"] is None else f"{result['signs']:.2%}"
         lines.append(f"| {name} | {result['mean']:.4f} ± {result['deviation']:.4f} | "
-                     f"{distance:+.1f} | {result['rate']:g} | {signs} | {result['stalled']:.1%} | "
+                     f"{distance:+.1f} | {by_seed.mean():+.4f} ± {error:.4f} | "
+                     f"{result['rate']:g} | {signs} | {result['stalled']:.1%} | "
                      f"{'' if name == 'float32' else word} |")
     return "\n".join(lines) + "\n"
 

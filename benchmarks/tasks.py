@@ -128,7 +128,7 @@ def _full_batch() -> Task:
         (images, shown), _ = _digits()
         return images[:512], shown[:512]
 
-    return _digits_task("digits, perceptron, Lion, full batch of 512", _lion, (5e-5, 1e-4, 2e-4),
+    return _digits_task("digits, perceptron, Lion, full batch of 512", _lion, (1e-4, 2e-4, 3e-4),
                         1000, batch)
 
 
@@ -138,12 +138,12 @@ def _conv() -> Task:
 
 
 def _large_batch() -> Task:
-    return _digits_task("digits, perceptron, LAMB, batch 512", _lamb, (5e-3, 1e-2, 2e-2), 400,
+    return _digits_task("digits, perceptron, LAMB, batch 512", _lamb, (3e-3, 7e-3, 1.4e-2), 400,
                         functools.partial(_images, 512))
 
 
 def _small_batch() -> Task:
-    return _digits_task("digits, perceptron, AdamW, batch 64", _adamw, (1e-3, 3e-3, 1e-2), 600,
+    return _digits_task("digits, perceptron, AdamW, batch 64", _adamw, (3e-3, 1e-2, 2e-2), 600,
                         functools.partial(_images, 64))
 
 
