@@ -21,10 +21,10 @@ from rich.console import Console
 import lionax
 from benchmarks import codes, quality_report, report
 from benchmarks.tasks import TASKS, Task
-from lionax.core.quantized import SMALLEST, is_quantized
+from lionax.core.quantized import format_of, is_quantized
 from lionax.core.storage import StorageLike
 
-__all__ = ["FORMATS", "Format", "main", "results"]
+__all__ = ["FORMATS", "Format", "has_codes", "main", "results"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +47,16 @@ FORMATS = {
 }
 
 
-def _large(tree: Any) -> list[jax.Array]:
-    """The leaves that can be in codes, decoded to float32."""
+def has_codes(shape: tuple[int, ...]) -> bool:
+    """Whether lionax stores a leaf of this shape as codes; the other codes are for the same."""
+    return format_of(8, shape, False) is not None
+
+
+def _in_codes(tree: Any) -> list[jax.Array]:
+    """The leaves that codes are for, in float32."""
     leaves = jax.tree.leaves(tree, is_leaf=is_quantized)
     return [(leaf.decode() if is_quantized(leaf) else leaf.astype(jnp.float32))
-            for leaf in leaves if leaf.size >= SMALLEST]
+            for leaf in leaves if has_codes(leaf.shape)]
 
 
 def _share(each: list[jax.Array]) -> jax.Array:
@@ -63,7 +68,7 @@ def _rounded(state: Any, round_trip: codes.RoundTrip) -> Any:
     first, *others = state.rules
 
     def one(leaf: jax.Array, is_nonnegative: bool) -> jax.Array:
-        return round_trip(leaf, is_nonnegative) if leaf.size >= SMALLEST else leaf
+        return round_trip(leaf, is_nonnegative) if has_codes(leaf.shape) else leaf
 
     moments = {name: jax.tree.map(lambda leaf, name=name: one(leaf, name == "nu"),
                                   getattr(first, name))
@@ -82,7 +87,7 @@ def _train(task: Task, format: Format, steps: int, rate: Any, key: jax.Array) ->
     """The end of one training, and the mean shares over its steps."""
     tx = task.optimizer(_schedule(rate, steps), format.dtype)
     params = task.init(key)
-    twin = [jnp.zeros_like(leaf) for leaf in _large(params)]
+    twin = [jnp.zeros_like(leaf) for leaf in _in_codes(params)]
 
     def sign(moment: jax.Array, grad: jax.Array) -> jax.Array:
         return jnp.sign(task.weight * moment + (1 - task.weight) * grad)
@@ -93,11 +98,11 @@ def _train(task: Task, format: Format, steps: int, rate: Any, key: jax.Array) ->
     def step(carry: Any, count: jax.Array) -> Any:
         params, state, twin = carry
         grads = jax.grad(task.loss)(params, task.batch(jax.random.fold_in(key, count)))
-        before, given = _large(state.rules[0].mu), _large(grads)
+        before, given = _in_codes(state.rules[0].mu), _in_codes(grads)
         params, state = tx.step(params, state, grads)
         if format.round_trip:
             state = _rounded(state, format.round_trip)
-        after = _large(state.rules[0].mu)
+        after = _in_codes(state.rules[0].mu)
         shares = {"stalled": _share([(new == old) & (advanced(old, grad) != old)
                                      for new, old, grad in zip(after, before, given, strict=True)])}
         if task.weight is not None:
@@ -167,15 +172,15 @@ def main(arguments: list[str] | None = None) -> None:
     for name in options.tasks:
         task, start, formats = TASKS[name](), time.perf_counter(), {}
         steps = task.steps // 20 if options.quick else task.steps
-        sizes = [leaf.size for leaf in jax.tree.leaves(jax.eval_shape(task.init,
-                                                                      jax.random.key(0)))]
+        params = jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0)))
         for format in options.formats:
             formats[format] = results(task, FORMATS[format], options.seeds, steps)
             console.print(f"{name}, {format}: {formats[format]['mean']:.4f} "
                           f"± {formats[format]['deviation']:.4f}", highlight=False)
         record["tasks"][name] = {
-            "title": task.title, "steps": steps, "seeds": options.seeds, "elements": sum(sizes),
-            "in_codes": sum(size for size in sizes if size >= SMALLEST),
+            "title": task.title, "steps": steps, "seeds": options.seeds,
+            "elements": sum(leaf.size for leaf in params),
+            "in_codes": sum(leaf.size for leaf in params if has_codes(leaf.shape)),
             "seconds": round(time.perf_counter() - start), "formats": formats
         }
         record["machine"] = report.machine()

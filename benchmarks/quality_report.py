@@ -26,7 +26,7 @@ Each format trains to the end from the same seeds, with each of three rates; a r
 rate. float32, bfloat16, int8 and int4 are lionax's, rounded stochastically. The others are written
 in `benchmarks/codes.py` and rounded to the nearest: linear codes and the dynamic code of
 bitsandbytes in blocks of 256, FlashOptim's companding in blocks of 32, their scales in float32.
-Codes are for leaves of at least 4,096 elements.
+All codes are for the same leaves: those that lionax stores as codes.
 
 - loss: of the validation data at the end, mean ± standard deviation over the seeds.
 - from float32: the difference of the means, in standard deviations of float32. A format is within
@@ -54,7 +54,7 @@ def _table(task: dict[str, Any]) -> str:
     share = task["in_codes"] / task["elements"]
     lines = [f"\n## {task['title'][0].upper()}{task['title'][1:]}\n",
              f"{task['steps']} steps, {task['seeds']} seeds, {task['elements']:,} parameters, "
-             f"{share:.0%} of them in leaves of at least 4,096; {task['seconds']} s.\n",
+             f"{share:.0%} of them in leaves with codes; {task['seconds']} s.\n",
              "| format | loss | from float32 | by seed | rate | signs | stalled | spread |",
              "| --- | --- | --- | --- | --- | --- | --- | --- |"]
     reference = task["formats"]["float32"]
