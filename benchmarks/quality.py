@@ -115,12 +115,17 @@ def _train(task: Task, format: Format, steps: int, rate: Any, key: jax.Array) ->
     return {"loss": task.loss(params, task.validation), **jax.tree.map(jnp.mean, shares)}
 
 
+def _finite(value: Any) -> float | None:
+    return float(value) if math.isfinite(value) else None  # JSON has no NaN
+
+
 def results(task: Task, format: Format, seeds: int, steps: int) -> dict[str, Any]:
     """What a format reaches at the best rate of the sweep.
 
     Returns:
       ``rate``; ``losses`` of the seeds, their ``mean`` and ``deviation``; the shares ``stalled``
-      and ``signs``, None without Lion; the mean loss of each rate in ``sweep``.
+      and ``signs``, None without Lion; the mean loss of each rate in ``sweep``. What is not finite
+      is None.
     """
     keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
     run = jax.jit(jax.vmap(lambda rate, key: _train(task, format, steps, rate, key), (None, 0)),
@@ -128,13 +133,13 @@ def results(task: Task, format: Format, seeds: int, steps: int) -> dict[str, Any
     reached = {rate: jax.tree.map(np.asarray, run(jnp.float32(rate), keys)) for rate in task.rates}
     means = {rate: float(np.mean(one["loss"])) for rate, one in reached.items()}
     best = min(means, key=lambda rate: means[rate] if math.isfinite(means[rate]) else math.inf)
-    losses = reached[best]["loss"].astype(float)
+    losses = reached[best]["loss"]
     return {
-        "rate": best, "losses": losses.tolist(), "mean": means[best],
-        "deviation": float(np.std(losses, ddof=1)),
+        "rate": best, "losses": list(map(_finite, losses)), "mean": _finite(means[best]),
+        "deviation": _finite(np.std(losses, ddof=1)),
         "signs": float(reached[best]["signs"].mean()) if "signs" in reached[best] else None,
         "stalled": float(reached[best]["stalled"].mean()),
-        "sweep": {f"{rate:g}": mean for rate, mean in means.items()}
+        "sweep": {f"{rate:g}": _finite(mean) for rate, mean in means.items()}
     }
 
 
@@ -175,8 +180,8 @@ def main(arguments: list[str] | None = None) -> None:
         params = jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0)))
         for format in options.formats:
             formats[format] = results(task, FORMATS[format], options.seeds, steps)
-            console.print(f"{name}, {format}: {formats[format]['mean']:.4f} "
-                          f"± {formats[format]['deviation']:.4f}", highlight=False)
+            console.print(f"{name}, {format}: {quality_report.loss(formats[format])}",
+                          highlight=False)
         record["tasks"][name] = {
             "title": task.title, "steps": steps, "seeds": options.seeds,
             "elements": sum(leaf.size for leaf in params),

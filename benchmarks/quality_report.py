@@ -11,7 +11,7 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-__all__ = ["verdict", "write"]
+__all__ = ["loss", "verdict", "write"]
 
 HEAD = """# Quality of low-precision optimizer state
 
@@ -35,19 +35,35 @@ All codes are for the same leaves: those that lionax stores as codes.
 - signs: the share of signs of Lion that differ from those of a float32 momentum fed the same
   gradients, over elements and steps.
 - stalled: the share of elements of the first moment that stay as stored though their exact new
-  value differs, over elements and steps. Rounded stochastically, their expected value moves.
+  value differs, over elements and steps. Rounded stochastically, their expected value moves. Where
+  the scale of a block changes, all its elements do.
 
 Under `vmap` all seeds round with the same random bits. The rates are chosen by the loss that is
 shown, for all formats alike.
 """
 
 
+def loss(result: dict[str, Any]) -> str:
+    """The mean and the standard deviation."""
+    if result["mean"] is None:
+        return "not finite"
+    return f"{result['mean']:.4f} ± {result['deviation']:.4f}"
+
+
 def verdict(result: dict[str, Any], reference: dict[str, Any]) -> tuple[float, str]:
     """The difference from float32 in its standard deviations, and what it says."""
-    if not math.isfinite(result["mean"]):
+    if result["mean"] is None:
         return math.inf, "diverged"
     distance = (result["mean"] - reference["mean"]) / reference["deviation"]
     return distance, "within" if distance <= 1 else "above"
+
+
+def _by_seed(result: dict[str, Any], reference: dict[str, Any]) -> str:
+    if result["mean"] is None:
+        return "–"
+    difference = np.subtract(result["losses"], reference["losses"])
+    error = difference.std(ddof=1) / math.sqrt(difference.size)
+    return f"{difference.mean():+.4f} ± {error:.4f}"
 
 
 def _table(task: dict[str, Any]) -> str:
@@ -60,11 +76,9 @@ def _table(task: dict[str, Any]) -> str:
     reference = task["formats"]["float32"]
     for name, result in task["formats"].items():
         distance, word = verdict(result, reference)
-        by_seed = np.subtract(result["losses"], reference["losses"])
-        error = by_seed.std(ddof=1) / math.sqrt(by_seed.size)
         signs = "–" if result["signs"] is None else f"{result['signs']:.2%}"
-        lines.append(f"| {name} | {result['mean']:.4f} ± {result['deviation']:.4f} | "
-                     f"{distance:+.1f} | {by_seed.mean():+.4f} ± {error:.4f} | "
+        apart = f"{distance:+.1f}" if math.isfinite(distance) else "–"
+        lines.append(f"| {name} | {loss(result)} | {apart} | {_by_seed(result, reference)} | "
                      f"{result['rate']:g} | {signs} | {result['stalled']:.1%} | "
                      f"{'' if name == 'float32' else word} |")
     return "\n".join(lines) + "\n"
@@ -96,7 +110,7 @@ def _draw(tasks: dict[str, Any], path: pathlib.Path) -> None:
         axes.axvspan(mean - deviation, mean + deviation, color="0.88")
         for at, name in enumerate(names):
             result = task["formats"][name]
-            if math.isfinite(result["mean"]):
+            if result["mean"] is not None:
                 is_within = verdict(result, reference)[1] == "within"
                 axes.errorbar(result["mean"], at, xerr=result["deviation"], fmt="o", capsize=3,
                               color="tab:blue" if is_within else "tab:red")

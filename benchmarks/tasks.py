@@ -143,7 +143,7 @@ def _large_batch() -> Task:
 
 
 def _small_batch() -> Task:
-    return _digits_task("digits, perceptron, AdamW, batch 64", _adamw, (3e-3, 1e-2, 2e-2), 600,
+    return _digits_task("digits, perceptron, AdamW, batch 64", _adamw, (1e-2, 2e-2, 3e-2), 600,
                         functools.partial(_images, 64))
 
 

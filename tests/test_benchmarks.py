@@ -111,7 +111,7 @@ def test_verdicts():
     assert quality_report.verdict({"mean": 2.5}, reference) == (1.0, "within")
     assert quality_report.verdict({"mean": 1.0}, reference) == (-2.0, "within")
     assert quality_report.verdict({"mean": 2.6}, reference)[1] == "above"
-    assert quality_report.verdict({"mean": float("nan")}, reference)[1] == "diverged"
+    assert quality_report.verdict({"mean": None}, reference)[1] == "diverged"
 
 
 @pytest.mark.slow
