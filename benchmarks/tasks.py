@@ -138,7 +138,7 @@ def _conv() -> Task:
 
 
 def _large_batch() -> Task:
-    return _digits_task("digits, perceptron, LAMB, batch 512", _lamb, (3e-3, 7e-3, 1.4e-2), 400,
+    return _digits_task("digits, perceptron, LAMB, batch 512", _lamb, (7e-3, 1.4e-2, 2.8e-2), 400,
                         functools.partial(_images, 512))
 
 
@@ -164,7 +164,7 @@ def _text() -> Task:
         return train[starts + jnp.arange(LENGTH + 1)]
 
     graph, _ = split(0)
-    return Task("text, transformer, Lion, batch 16", _lion, 0.99, 0.9, (1e-3, 3e-3, 6e-3), 300,
+    return Task("text, transformer, Lion, batch 16", _lion, 0.99, 0.9, (1e-3, 3e-3, 6e-3), 200,
                 lambda key: split(key)[1], batch,
                 lambda params, batch: model.bits_per_character(nnx.merge(graph, params), batch),
                 jnp.asarray(corpus.batch(corpus.validation, 256, LENGTH, (0,))))
