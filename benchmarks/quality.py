@@ -40,8 +40,8 @@ FORMATS = {
     "bfloat16": Format("bfloat16"),
     "int8": Format("int8"),
     "int4": Format("int4"),
-    "bfloat16, nearest": Format(lionax.Storage("bfloat16", rounding="nearest")),
     "linear int8, nearest": Format(round_trip=codes.linear),
+    "bfloat16, nearest": Format(lionax.Storage("bfloat16", rounding="nearest")),
     "dynamic 8-bit, nearest": Format(round_trip=codes.dynamic),
     "softsign 8-bit, nearest": Format(round_trip=codes.softsign),
 }
@@ -146,9 +146,9 @@ def results(task: Task, format: Format, seeds: int, steps: int) -> dict[str, Any
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
     parser.add_argument("--quick", action="store_true",
-                        help="the first task alone, 2 seeds and few steps")
+                        help="the first task alone, 2 seeds, few steps and the first five formats")
     parser.add_argument("--tasks", help=f"some of {','.join(TASKS)}")
-    parser.add_argument("--formats", default=";".join(FORMATS),
+    parser.add_argument("--formats",
                         help=f"some of {'; '.join(FORMATS)}, with semicolons between; float32 is "
                         "always run")
     parser.add_argument("--seeds", type=int, help="5, or 2 with --quick; at least 2")
@@ -157,7 +157,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     everything = [next(iter(TASKS))] if options.quick else list(TASKS)
     options.tasks = everything if options.tasks is None else options.tasks.split(",")
-    options.formats = [name.strip() for name in options.formats.split(";")]
+    formats = list(FORMATS)[:5 if options.quick else None]
+    options.formats = formats if options.formats is None else options.formats.split(";")
     for kind, known in (("tasks", TASKS), ("formats", FORMATS)):
         unknown = [name for name in getattr(options, kind) if name not in known]
         if unknown:

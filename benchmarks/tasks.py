@@ -133,7 +133,7 @@ def _full_batch() -> Task:
 
 
 def _conv() -> Task:
-    return _digits_task("digits, convolutions, Lion, batch 32", _lion, (2e-3, 5e-3, 1e-2), 400,
+    return _digits_task("digits, convolutions, Lion, batch 32", _lion, (2e-3, 3e-3, 5e-3), 400,
                         functools.partial(_images, 32), is_convolutional=True)
 
 
