@@ -3,10 +3,13 @@
 import json
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import measure, peers, trees
+from benchmarks import codes, measure, peers, quality, quality_report, tasks, trees
+from lionax.core.quantized import format_of
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -69,3 +72,62 @@ def test_cases_are_complete():
     } <= set(peers.CASES)
     for case in peers.CASES.values():
         assert {"lionax", "Optax"} <= set(case.available())
+
+
+def test_the_dynamic_code_has_256_numbers_of_seven_decades():
+    for is_nonnegative in (False, True):
+        levels = codes.dynamic_levels(is_nonnegative)
+        assert len(set(levels.tolist())) == 256
+        assert levels.max() == 1
+        assert levels.min() == (0 if is_nonnegative else pytest.approx(-1, abs=0.01))
+        assert levels[levels > 0].min() == pytest.approx(3.25e-7 if is_nonnegative else 5.5e-7)
+
+
+@pytest.mark.parametrize("is_nonnegative", [False, True])
+@pytest.mark.parametrize("round_trip", [codes.linear, codes.dynamic, codes.softsign])
+def test_codes_are_near_and_their_numbers_are_fixed_points(round_trip, is_nonnegative):
+    values = np.random.default_rng(0).normal(size=(3, 100)).astype(np.float32)
+    values[0, 0] = values[2, 99] = 5  # the dynamic code has 1 but not -1
+    values = values * values if is_nonnegative else values
+    rounded = np.asarray(round_trip(jnp.asarray(values), is_nonnegative))
+    assert rounded.shape == values.shape
+    assert 0 < np.abs(rounded - values).max() < 0.02 * np.abs(values).max()
+    assert len(np.unique(rounded / rounded.max())) < values.size
+    np.testing.assert_allclose(round_trip(jnp.asarray(rounded), is_nonnegative), rounded, rtol=1e-6)
+    assert not round_trip(jnp.zeros((2, 300)), is_nonnegative).any()
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_most_weights_of_a_task_are_in_codes(name):
+    shapes = [leaf.shape for leaf in jax.tree.leaves(
+        jax.eval_shape(tasks.TASKS[name]().init, jax.random.key(0)))]
+    coded = [shape for shape in shapes if quality.has_codes(shape)]
+    assert sum(map(np.prod, coded)) > 0.8 * sum(map(np.prod, shapes))
+    assert coded == [shape for shape in shapes if format_of(4, shape, False)]
+
+
+def test_verdicts():
+    reference = {"mean": 2.0, "deviation": 0.5}
+    assert quality_report.verdict({"mean": 2.5}, reference) == (1.0, "within")
+    assert quality_report.verdict({"mean": 1.0}, reference) == (-2.0, "within")
+    assert quality_report.verdict({"mean": 2.6}, reference)[1] == "above"
+    assert quality_report.verdict({"mean": None}, reference)[1] == "diverged"
+
+
+@pytest.mark.slow
+def test_quality_writes_a_table_a_picture_and_json(tmp_path, capsys):
+    quality.main(["--quick", "--formats", "int4;linear int8, nearest", "--out", str(tmp_path)])
+    task = json.loads((tmp_path / "quality.json").read_text())["tasks"]["digits_full_batch"]
+    assert task["seeds"] == 2
+    results = task["formats"]
+    assert list(results) == ["float32", "int4", "linear int8, nearest"]
+    assert results["float32"]["signs"] == 0
+    assert results["float32"]["stalled"] < 0.001
+    assert results["linear int8, nearest"]["signs"] > results["int4"]["signs"] > 0
+    assert all(1 < loss < 3 for result in results.values() for loss in result["losses"])
+    assert "| int4 | " in (tmp_path / "quality.md").read_text()
+    assert (tmp_path / "quality.png").stat().st_size > 1000
+    assert "int4: " in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        quality.main(["--tasks", "oak"])
+    assert "--tasks: oak: give some of digits_full_batch" in capsys.readouterr().err
