@@ -54,8 +54,8 @@ class QuantizedArray:
       element ``2i``, the upper half the next.
     - ``scales`` has the shape ``(*lead, n/B)`` and bfloat16: the largest magnitude in the block,
       rounded up. A finite one is at most bfloat16's largest number.
-    - ``format`` is static: ``x = scale · sign(c) · (|c| / L)^k``, where ``k`` is 2 and ``L`` is 127 or
-      7; where no element is negative ``k`` is 4 and ``L`` 255 or 15.
+    - ``format`` is static: ``x = scale · sign(c) · (|c| / L)^k``, where ``k`` is 2 and ``L`` is 127
+      or 7; where no element is negative ``k`` is 4 and ``L`` 255 or 15.
     - An element is 0 if and only if its code or its scale is. The code of a positive number that
       may not be negative is at least 1.
     - A NaN or an infinite element makes its block NaN.
