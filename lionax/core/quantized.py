@@ -1,6 +1,7 @@
 """Arrays of 8-bit and 4-bit codes with a scale for each block."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -91,13 +92,18 @@ class QuantizedArray:
 
     def decode(self, dtype: Any = jnp.float32) -> jax.Array:
         """The numbers that the codes stand for."""
-        blocks = self.shape[-1] // self.format.block
-        codes = _unpacked(_in_whole_blocks(self.codes, blocks), self.format).astype(dtype)
-        share = codes * np.asarray(1 / self.format.levels, dtype)
-        if self.format.nonnegative:
-            share = share * share
-        scale = self.scales.astype(dtype)[..., None]
-        return _placed((share * jnp.abs(share) * scale).reshape(self.shape), self.codes)
+        return _decoded(self, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _decoded(array: QuantizedArray, dtype: Any) -> jax.Array:
+    format, blocks = array.format, array.shape[-1] // array.format.block
+    codes = _unpacked(_in_whole_blocks(array.codes, blocks), format).astype(dtype)
+    share = codes * np.asarray(1 / format.levels, dtype)
+    if format.nonnegative:
+        share = share * share
+    scale = array.scales.astype(dtype)[..., None]
+    return _placed((share * jnp.abs(share) * scale).reshape(array.shape), array.codes)
 
 
 def is_quantized(node: Any) -> bool:
@@ -162,6 +168,7 @@ def _placed(array: jax.Array, like: jax.Array) -> jax.Array:
     return jax.sharding.reshard(array, _fitting(sharding, array.shape))
 
 
+@functools.partial(jax.jit, static_argnums=1, inline=True)
 def encode(values: jax.Array, format: Format, bits: jax.Array | None) -> QuantizedArray:
     """Codes for numbers, rounded stochastically with random bits, or to the nearest without."""
     levels = format.levels
