@@ -287,7 +287,8 @@ def test_moments_go_to_optax_and_back(how):
         leaf.aval for leaf in jax.tree.leaves(state)]
 
 
-@pytest.mark.parametrize("how", cases.but_for_fast(STORED, "int8"))
+@pytest.mark.slow
+@pytest.mark.parametrize("how", STORED)
 def test_a_step_is_exported(how):
     tx, params, state = after("adamw", how)
     grads = cases.gradients(params, 0)
@@ -295,6 +296,7 @@ def test_a_step_is_exported(how):
     cases.assert_equal(exported.call(params, state, grads), jax.jit(tx.step)(params, state, grads))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("how", cases.but_for_fast(["int8", "int4"], "int4"))
 def test_an_nnx_optimizer_holds_and_casts_codes(how):
@@ -386,6 +388,7 @@ def test_codes_inside_of_shard_map_are_those_of_each_shard(spec):
     assert mu.scales.shape == (256, 4)
 
 
+@pytest.mark.slow
 def test_members_of_a_vmap_share_their_codes():
     tx, params = MAKERS["lion"]("int4"), jnp.stack([cases.normal(64, 128)] * 3)
     state = jax.vmap(tx.init)(params)

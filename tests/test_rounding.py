@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import lionax
-from lionax.core.rounding import as_uniform, folded, is_low_precision, random_bits, rounded
+from lionax.core import rounding
+from lionax.core.rounding import as_uniform, folded, is_low_precision
 
+random_bits = jax.jit(rounding.random_bits)
+rounded = jax.jit(rounding.rounded, static_argnums=1)
 P = PartitionSpec
 DTYPES = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 OF_EACH_DTYPE = pytest.mark.parametrize("dtype", cases.but_for_slow(
@@ -171,6 +174,7 @@ def test_neighbours_along_each_axis_do_not_correlate(shape):
                 assert abs(correlation(first, second)) < 5
 
 
+@pytest.mark.slow
 def test_keys_folded_with_neighbouring_numbers_do_not_correlate():
     for key in (0, 1, 2**32 - 1):
         of_number = [uniform(folded(jnp.uint32(key), number), (64, 512)) for number in range(6)]
@@ -200,16 +204,11 @@ def test_elements_that_are_2_to_the_32_apart_have_other_bits():
     assert abs(correlation(near, far)) < 5
 
 
-def in_order(carry):
-    """The slots of a momentum, leaf by leaf."""
-    return jax.tree.leaves(carry[1].rules[0].mu)
-
-
 @functools.cache
 def rounding_errors(leaves=3, steps=4, **storage):
-    """The errors in ulps of Lion's momenta in bfloat16: [step][leaf]."""
+    """Whether elements of Lion's momenta in bfloat16 were rounded up: [step][leaf]."""
     tx = lionax.lion(0.0, b2=0.5, mu_dtype=lionax.Storage("bfloat16", **storage))
-    # A third of an ulp off: after each step it is rounded up in a third of all cases.
+    # The exact momentum of each step is in the middle of two numbers.
     params = [jnp.zeros((64, 128))] * leaves
     found, step = [], jax.jit(tx.step)
     state = tx.init(params)
@@ -238,11 +237,6 @@ def test_other_seeds_round_otherwise_and_the_same_seed_alike():
     np.testing.assert_array_equal(again[0][0], first[0][0])
 
 
-def half_way(param):
-    """A gradient whose average with 0 by 1/2 is in the middle of two numbers in bfloat16."""
-    return jnp.full(param.shape, 2 * (1 + 2.0**-8), jnp.float32)
-
-
 def test_rounding_errors_of_slots_of_one_rule_do_not_correlate():
     tx = lionax.scale_by_adam(0.5, 0.75, mu_dtype="bfloat16", nu_dtype="bfloat16")
     param = jnp.zeros((64, 256))
@@ -256,7 +250,8 @@ def test_rounding_errors_of_the_members_of_a_partition_do_not_correlate():
     lion = functools.partial(lionax.lion, 0.0, b2=0.5, mu_dtype="bfloat16")
     tx = lionax.partition({"a": lion(), "b": lion(b1=0.5)}, {"x": "a", "y": "b"})
     params = {"x": jnp.zeros((64, 256)), "y": jnp.zeros((64, 256))}
-    _, state = tx.update(jax.tree.map(half_way, params), tx.init(params), params)
+    half_way = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 2 * (1 + 2.0**-8)), params)
+    _, state = tx.update(half_way, tx.init(params), params)
     first, second = [np.asarray(x, np.float64) for x in jax.tree.leaves(
         state.rules) if x.dtype == jnp.bfloat16]
     assert len(np.unique(first)) == len(np.unique(second)) == 2
@@ -269,22 +264,21 @@ def meshes(axis_type):
 
 AXIS_TYPES = pytest.mark.parametrize("axis_type", cases.but_for_fast(
     [AxisType.Auto, AxisType.Explicit], AxisType.Explicit))
-SHARDINGS = [P("x", "y"), P("y", "x"), P(None, ("x", "y")), P(("y", "x")), P()]
+SHARDINGS = [P("x", "y"), P(None, ("x", "y")), P(("y", "x"))]
 
 
 @AXIS_TYPES
 def test_random_bits_are_the_same_on_each_mesh(axis_type):
     like = jnp.zeros((16, 24))
-    expected = np.asarray(random_bits(KEY, like))
+    expected = np.asarray(rounding.random_bits(KEY, like))
     mesh = meshes(axis_type)
     with jax.set_mesh(mesh):
         for spec in SHARDINGS:
             placed = jax.device_put(like, NamedSharding(mesh, spec))
-            got = jax.jit(random_bits)(KEY, placed)
+            got = random_bits(KEY, placed)
             np.testing.assert_array_equal(got, expected)
             if axis_type is AxisType.Explicit:
                 assert got.sharding.is_equivalent_to(placed.sharding, 2)
-                np.testing.assert_array_equal(random_bits(KEY, placed), expected)
 
 
 @AXIS_TYPES
@@ -301,7 +295,7 @@ def test_a_run_rounds_alike_on_each_mesh(axis_type):
     expected = run(cases.normal(16, 24), cases.normal(16, 24, seed=1))
     mesh = meshes(axis_type)
     with jax.set_mesh(mesh):
-        for spec in SHARDINGS[:3]:
+        for spec in SHARDINGS[:2]:
             placed = jax.device_put((cases.normal(16, 24), cases.normal(16, 24, seed=1)),
                                     NamedSharding(mesh, spec))
             cases.assert_equal(run(*placed), expected)
@@ -344,7 +338,7 @@ def test_replicas_stay_equal_bit_for_bit_inside_of_shard_map():
 
 
 def test_replicas_stay_equal_without_the_check_of_what_varies():
-    """Then JAX does not know what varies, and all shards have the same bits."""
+    # Then JAX does not know what varies, and all shards have the same bits.
     def bits(like):
         return random_bits(KEY, like)[None]
 
@@ -369,12 +363,12 @@ def test_members_of_a_vmap_share_their_bits():
 def test_a_compiled_call_rounds_as_an_eager_one(dtype):
     values = cases.normal(64, 128) * 100
 
-    def one(values):
-        return rounded(values, jnp.dtype(dtype), random_bits(KEY, values))
+    eager = rounding.rounded(values, jnp.dtype(dtype), rounding.random_bits(KEY, values))
+    compiled = rounded(values, jnp.dtype(dtype), random_bits(KEY, values))
+    np.testing.assert_array_equal(compiled, eager)
 
-    np.testing.assert_array_equal(jax.jit(one)(values), one(values))
 
-
+@pytest.mark.slow
 def test_a_compiled_step_rounds_as_an_eager_one():
     params, grads = cases.normal(64, 128), cases.normal(64, 128, seed=1)
     tx = lionax.lion(0.1, mu_dtype="bfloat16")
