@@ -58,6 +58,16 @@ class QuantizedArray:
     - An element is 0 if and only if its code or its scale is. The code of a positive number that
       may not be negative is at least 1.
     - A NaN or an infinite element makes its block NaN.
+
+    Args:
+      codes: the codes.
+      scales: a scale for each block.
+      format: how numbers become codes.
+
+    >>> import jax.numpy as jnp, lionax
+    >>> mu = lionax.lion(0.1, mu_dtype="int8").init(jnp.ones((64, 128))).rules[0].mu
+    >>> mu.shape, mu.codes.shape, mu.scales.shape, mu.nbytes
+    ((64, 128), (64, 128), (64, 1), 8320)
     """
 
     codes: jax.Array
