@@ -15,10 +15,15 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import lionax
-from lionax.core.rounding import as_uniform, folded, is_low_precision, random_bits, rounded
+from lionax.core import rounding
+from lionax.core.rounding import as_uniform, folded, is_low_precision
 
+random_bits = jax.jit(rounding.random_bits)
+rounded = jax.jit(rounding.rounded, static_argnums=1)
 P = PartitionSpec
 DTYPES = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
+OF_EACH_DTYPE = pytest.mark.parametrize("dtype", cases.but_for_slow(
+    DTYPES, ["float16", "float8_e5m2"]))
 NORMAL = float(jnp.finfo(jnp.float32).tiny)
 KEY = np.uint32(7)
 MANY = 4096
@@ -53,11 +58,11 @@ def test_floats_of_at_most_16_bits_are_low_precision():
     assert not any(map(is_low_precision, ("float32", "float64", "int8", "int16", "complex64")))
 
 
-values = st.floats(NORMAL, float(np.float32(3.4e38)), width=32).flatmap(
-    lambda x: st.sampled_from([x, -x]))
+LARGEST = float(jnp.finfo(jnp.float32).max)
+values = st.floats(NORMAL, LARGEST, width=32).flatmap(lambda x: st.sampled_from([x, -x]))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@OF_EACH_DTYPE
 @given(value=values | st.floats(-1000, 1000, width=32, allow_subnormal=False))
 def test_a_value_becomes_one_of_its_neighbours_and_is_their_mean(dtype, value):
     got = np.asarray(draws(np.float32(value), dtype), np.float64)
@@ -69,7 +74,7 @@ def test_a_value_becomes_one_of_its_neighbours_and_is_their_mean(dtype, value):
     assert abs(got.mean() - inside) <= error
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@OF_EACH_DTYPE
 def test_the_probability_is_the_distance_over_all_of_16_random_bits(dtype):
     """With each pattern of the upper 16 bits once, the mean is exact to 2**-16 of an ulp."""
     bits = jnp.arange(2**16, dtype=jnp.uint32) << 16
@@ -80,8 +85,8 @@ def test_the_probability_is_the_distance_over_all_of_16_random_bits(dtype):
         assert abs(got.mean() - np.float64(np.float32(value))) <= 2.0**-15 * (above - below)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bits", [0, 2**31, 2**32 - 1])
+@OF_EACH_DTYPE
+@pytest.mark.parametrize("bits", cases.but_for_fast([0, 2**31, 2**32 - 1], 2**32 - 1))
 def test_numbers_of_the_dtype_stay_bit_for_bit(dtype, bits):
     size = 8 * jnp.dtype(dtype).itemsize
     every = jnp.asarray(np.arange(2**size).astype(f"uint{size}").view(jnp.dtype(dtype)))
@@ -94,8 +99,8 @@ def test_numbers_of_the_dtype_stay_bit_for_bit(dtype, bits):
     assert np.isnan(got.astype(np.float32)[is_nan]).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bits", [0, 2**31, 2**32 - 1])
+@OF_EACH_DTYPE
+@pytest.mark.parametrize("bits", cases.but_for_fast([0, 2**31, 2**32 - 1], 2**32 - 1))
 def test_infinite_numbers_stay_and_finite_ones_stay_finite(dtype, bits):
     largest = float(jnp.finfo(dtype).max)
     values = np.float32([3.4028235e38, largest, np.nextafter(np.float32(largest), np.inf), np.inf])
@@ -109,7 +114,7 @@ def test_infinite_numbers_stay_and_finite_ones_stay_finite(dtype, bits):
         dtype).astype(jnp.float32)))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@OF_EACH_DTYPE
 def test_zero_stays_and_no_sign_changes(dtype):
     values = jnp.asarray([0.0, -0.0, 1e-7, -1e-7, 2e-30, -2e-30, 0.3, -0.3], jnp.float32)
     for bits in (0, 2**20, 2**31, 2**32 - 1):
@@ -170,6 +175,7 @@ def test_neighbours_along_each_axis_do_not_correlate(shape):
                 assert abs(correlation(first, second)) < 5
 
 
+@pytest.mark.slow
 def test_keys_folded_with_neighbouring_numbers_do_not_correlate():
     for key in (0, 1, 2**32 - 1):
         of_number = [uniform(folded(jnp.uint32(key), number), (64, 512)) for number in range(6)]
@@ -199,16 +205,11 @@ def test_elements_that_are_2_to_the_32_apart_have_other_bits():
     assert abs(correlation(near, far)) < 5
 
 
-def in_order(carry):
-    """The slots of a momentum, leaf by leaf."""
-    return jax.tree.leaves(carry[1].rules[0].mu)
-
-
 @functools.cache
 def rounding_errors(leaves=3, steps=4, **storage):
-    """The errors in ulps of Lion's momenta in bfloat16: [step][leaf]."""
+    """Whether elements of Lion's momenta in bfloat16 were rounded up: [step][leaf]."""
     tx = lionax.lion(0.0, b2=0.5, mu_dtype=lionax.Storage("bfloat16", **storage))
-    # A third of an ulp off: after each step it is rounded up in a third of all cases.
+    # The exact momentum of each step is in the middle of two numbers.
     params = [jnp.zeros((64, 128))] * leaves
     found, step = [], jax.jit(tx.step)
     state = tx.init(params)
@@ -233,13 +234,8 @@ def test_rounding_errors_of_leaves_and_steps_do_not_correlate():
 def test_other_seeds_round_otherwise_and_the_same_seed_alike():
     first, second = rounding_errors(1, 1), rounding_errors(1, 1, seed=1)
     assert abs(correlation(first[0][0], second[0][0])) < 5
-    rounding_errors.cache_clear()
-    np.testing.assert_array_equal(rounding_errors(1, 1)[0][0], first[0][0])
-
-
-def half_way(param):
-    """A gradient whose average with 0 by 1/2 is in the middle of two numbers in bfloat16."""
-    return jnp.full(param.shape, 2 * (1 + 2.0**-8), jnp.float32)
+    again = rounding_errors.__wrapped__(1, 1)
+    np.testing.assert_array_equal(again[0][0], first[0][0])
 
 
 def test_rounding_errors_of_slots_of_one_rule_do_not_correlate():
@@ -255,7 +251,8 @@ def test_rounding_errors_of_the_members_of_a_partition_do_not_correlate():
     lion = functools.partial(lionax.lion, 0.0, b2=0.5, mu_dtype="bfloat16")
     tx = lionax.partition({"a": lion(), "b": lion(b1=0.5)}, {"x": "a", "y": "b"})
     params = {"x": jnp.zeros((64, 256)), "y": jnp.zeros((64, 256))}
-    _, state = tx.update(jax.tree.map(half_way, params), tx.init(params), params)
+    half_way = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 2 * (1 + 2.0**-8)), params)
+    _, state = tx.update(half_way, tx.init(params), params)
     first, second = [np.asarray(x, np.float64) for x in jax.tree.leaves(
         state.rules) if x.dtype == jnp.bfloat16]
     assert len(np.unique(first)) == len(np.unique(second)) == 2
@@ -266,25 +263,26 @@ def meshes(axis_type):
     return jax.make_mesh((2, 4), ("x", "y"), axis_types=(axis_type,) * 2)
 
 
-SHARDINGS = [P("x", "y"), P("y", "x"), P(None, ("x", "y")), P(("y", "x")), P()]
+AXIS_TYPES = pytest.mark.parametrize("axis_type", cases.but_for_fast(
+    [AxisType.Auto, AxisType.Explicit], AxisType.Explicit))
+SHARDINGS = [P("x", "y"), P(None, ("x", "y")), P(("y", "x"))]
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@AXIS_TYPES
 def test_random_bits_are_the_same_on_each_mesh(axis_type):
     like = jnp.zeros((16, 24))
-    expected = np.asarray(random_bits(KEY, like))
+    expected = np.asarray(rounding.random_bits(KEY, like))
     mesh = meshes(axis_type)
     with jax.set_mesh(mesh):
         for spec in SHARDINGS:
             placed = jax.device_put(like, NamedSharding(mesh, spec))
-            got = jax.jit(random_bits)(KEY, placed)
+            got = random_bits(KEY, placed)
             np.testing.assert_array_equal(got, expected)
             if axis_type is AxisType.Explicit:
                 assert got.sharding.is_equivalent_to(placed.sharding, 2)
-                np.testing.assert_array_equal(random_bits(KEY, placed), expected)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@AXIS_TYPES
 def test_a_run_rounds_alike_on_each_mesh(axis_type):
     tx = lionax.lion(0.01, mu_dtype="bfloat16")
     step = jax.jit(tx.step)
@@ -298,10 +296,12 @@ def test_a_run_rounds_alike_on_each_mesh(axis_type):
     expected = run(cases.normal(16, 24), cases.normal(16, 24, seed=1))
     mesh = meshes(axis_type)
     with jax.set_mesh(mesh):
-        for spec in SHARDINGS[:3]:
+        for spec in SHARDINGS[:2]:
             placed = jax.device_put((cases.normal(16, 24), cases.normal(16, 24, seed=1)),
                                     NamedSharding(mesh, spec))
-            cases.assert_equal(run(*placed), expected)
+            params, state = run(*placed)
+            cases.assert_equal(state, expected[1])
+            cases.assert_close(params, expected[0])  # XLA may fuse its float32 sums otherwise
 
 
 def in_shards(function, spec, out_spec):
@@ -365,16 +365,16 @@ def test_members_of_a_vmap_share_their_bits():
     assert (mu == mu[:1]).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", cases.but_for_fast(DTYPES, "bfloat16"))
 def test_a_compiled_call_rounds_as_an_eager_one(dtype):
     values = cases.normal(64, 128) * 100
 
-    def one(values):
-        return rounded(values, jnp.dtype(dtype), random_bits(KEY, values))
+    eager = rounding.rounded(values, jnp.dtype(dtype), rounding.random_bits(KEY, values))
+    compiled = rounded(values, jnp.dtype(dtype), random_bits(KEY, values))
+    np.testing.assert_array_equal(compiled, eager)
 
-    np.testing.assert_array_equal(jax.jit(one)(values), one(values))
 
-
+@pytest.mark.slow
 def test_a_compiled_step_rounds_as_an_eager_one():
     params, grads = cases.normal(64, 128), cases.normal(64, 128, seed=1)
     tx = lionax.lion(0.1, mu_dtype="bfloat16")
@@ -382,7 +382,7 @@ def test_a_compiled_step_rounds_as_an_eager_one():
     cases.assert_equal(jax.jit(tx.step)(params, state, grads)[1], tx.step(params, state, grads)[1])
 
 
-@pytest.mark.parametrize("b2", [0.99, 0.999, 0.9999])
+@pytest.mark.parametrize("b2", cases.but_for_fast([0.99, 0.999, 0.9999], 0.999))
 def test_a_momentum_reaches_a_constant_gradient_and_to_the_nearest_stalls(b2):
     steps = round(7 / (1 - b2))
 

@@ -199,8 +199,12 @@ def store(value: jax.Array, old: Any, key: jax.Array | None = None) -> Any:
     """
     bits = random_bits(key, value) if key is not None and is_rounded(old) else None
     if is_quantized(old):
-        return encode(value, old.format, bits)
-    value = value.astype(old.dtype) if bits is None else rounded(value, old.dtype, bits)
+        return jax.tree.map(_sharded_as, encode(value, old.format, bits), old)
+    return _sharded_as(value.astype(old.dtype) if bits is None else
+                       rounded(value, old.dtype, bits), old)
+
+
+def _sharded_as(value: jax.Array, old: jax.Array) -> jax.Array:
     sharding = jax.typeof(old).sharding
     if AxisType.Explicit in sharding.mesh.axis_types and jax.typeof(value).sharding != sharding:
         return jax.sharding.reshard(value, sharding)
