@@ -108,9 +108,9 @@ def test_sizes():
     assert len(lines(MODULES["core.norms"])) <= 125
     shown = ["core.table", "core.inspection", "transforms.measuring", "monitoring"]
     stored = ["core.rounding", "core.quantized", "core.storage", "transforms.low_precision"]
-    assert sum(len(lines(MODULES[name])) for name in OWN if name not in shown + stored) <= 3125
-    assert sum(len(lines(MODULES[name])) for name in shown) <= 625
-    assert sum(len(lines(MODULES[name])) for name in stored) <= 625
+    assert sum(len(lines(MODULES[name])) for name in OWN if name not in shown + stored) <= 3150
+    assert sum(len(lines(MODULES[name])) for name in shown) <= 630
+    assert sum(len(lines(MODULES[name])) for name in stored) <= 640
 
 
 SOURCES = sorted(path for folder in ("lionax", "tests", "benchmarks", "docs")

@@ -119,8 +119,8 @@ def _decoded(array: QuantizedArray, dtype: Any) -> jax.Array:
 
 
 def is_quantized(node: Any) -> bool:
-    """Whether a node of a tree is a `QuantizedArray`."""
-    return isinstance(node, QuantizedArray)
+    """Whether a node of a tree is a `QuantizedArray` of arrays, not of their dtypes or specs."""
+    return isinstance(node, QuantizedArray) and getattr(node.codes, "ndim", 0) > 0
 
 
 def shapes_of(slots: Any) -> list[tuple[int, ...]]:
