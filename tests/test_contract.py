@@ -211,6 +211,8 @@ def test_other_placeholders_pass_through(case):
 
 @EVERY_CASE
 def test_permuting_leaves_permutes_results(case):
+    if case == "lamb_trust_mask":
+        pytest.skip("random bits are by the number of the leaf")
     tx = cases.CASES[case].make()
     shapes = {"a": (4, 3), "b": (3,), "c": (4, 3)}
     params = {name: cases.normal(*shape, seed=ord(name)) for name, shape in shapes.items()}

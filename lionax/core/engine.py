@@ -173,7 +173,7 @@ class Run:
     def _bind(self, stage: Stage, leaf: int) -> tuple[StaticRule, dict[str, jax.Array], Any]:
         """A rule for a leaf: the static part, its operands, what leaves share."""
         dtype, rule = self._dtype(leaf), at_path(stage.rule, self.grads.paths[leaf])
-        key = (stage.index, dtype, rule)
+        key = (stage.index, dtype, None if rule is stage.rule else leaf)
         if key not in self.bound:
             operands = self.settings.operands(stage, dtype)
             static = StaticRule.of(rule, dtype, tuple(operands))

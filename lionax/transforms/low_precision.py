@@ -13,9 +13,9 @@ from lionax.core.definition import Conditional
 from lionax.core.rounding import folded, is_low_precision, random_bits, rounded, to_integers, ulp
 from lionax.core.rule import Definition
 from lionax.core.state import init_state
-from lionax.core.storage import add, compute_dtype, load, zero_slot
+from lionax.core.storage import add, zero_slot
 from lionax.core.transformation import Transformation, constructor
-from lionax.core.tree import Leaves, is_placeholder, placeholder
+from lionax.core.tree import Leaves, placeholder
 from lionax.transforms.combining import definition_of
 
 __all__ = ["MasterWeights", "MasterWeightsState", "master_weights"]
@@ -77,16 +77,15 @@ class MasterWeights(Conditional):
               writes: bool) -> tuple[Any, MasterWeightsState]:
         leaves = Leaves.of(params, params)
         news = leaves.treedef.flatten_up_to(new)
-        if not writes:
-            news = list(map(add, leaves.treedef.flatten_up_to(opened), news))
+        masters = leaves.treedef.flatten_up_to(opened)
         pairs = self._pairs(params, state.remainder)
-        written = [self._written(new, old, rest, self._key(leaf, state.calls))
-                   if self._is_low(old) else (new, rest)
-                   for leaf, (new, (old, rest)) in enumerate(zip(news, pairs, strict=True))]
-        news, rests = zip(*written, strict=True) if written else ((), ())
-        if not writes:
-            news = [new if is_placeholder(new) else _minus(new, old)
-                    for new, old in zip(news, leaves.values, strict=True)]
+        news, rests = list(news), [rest for _, rest in pairs]
+        for leaf, (old, rest) in enumerate(pairs):
+            if self._is_low(old):
+                master = news[leaf] if writes else add(masters[leaf], news[leaf])
+                key = self._key(leaf, state.calls)
+                new, rests[leaf] = self._written(master, old, rest, key)
+                news[leaf] = new if writes else new.astype(jnp.float32) - old.astype(jnp.float32)
         return leaves.treedef.unflatten(news), state._replace(
             remainder=leaves.treedef.unflatten(rests))
 
@@ -125,11 +124,6 @@ class MasterWeights(Conditional):
 
     def _is_low(self, param: Any) -> bool:
         return hasattr(param, "dtype") and is_low_precision(param.dtype)
-
-
-def _minus(new: jax.Array, old: jax.Array) -> jax.Array:
-    dtype = compute_dtype(old)
-    return load(new, dtype) - load(old, dtype)
 
 
 def _master(param: jax.Array, rest: Any) -> jax.Array:
