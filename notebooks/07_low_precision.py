@@ -145,8 +145,8 @@ for name, (optimizer, _) in OPTIMIZERS.items():
 # ## Losses
 #
 # Each format trains from the same three seeds with the same batches and rate. The rate warms up
-# and falls to 0 along a cosine. Its peak is near the best one of a small sweep in float32, and no
-# other format has a sweep of its own. `vmap` trains the seeds side by side.
+# and falls to 0 along a cosine. Its peak is near the best one of a small sweep in float32, judged
+# on the held-out images. The other formats have no sweep of their own. `vmap` trains the seeds side by side.
 
 # %%
 STEPS, BATCH, SEEDS, PARTS = 200, 128, 3, 20
@@ -225,8 +225,8 @@ plt.show()
 #
 # An ulp is the distance of neighbouring floats: 2⁻⁷ in bfloat16 between 1 and 2. Below, a momentum
 # stands at 1 and a constant gradient would move it by 1/100 ulp in a step. Rounded to the nearest
-# it never moves. Rounded stochastically it moves by a whole ulp in one of 100 steps, so its
-# expected value is exact.
+# it never moves. Rounded stochastically it moves by a whole ulp in one of 100 steps at first, and
+# its expected value is exact.
 
 # %%
 ULP, COUNT, ELEMENTS = 2.0**-7, 2000, 1000
@@ -253,8 +253,9 @@ momentum = {name: momenta(storage) for name, storage in STORAGES.items()}
 
 # %% [markdown]
 # A parameter in bfloat16 loses a step of 1/100 ulp in the same way. `lionax.master_weights` keeps
-# it. With None the new parameter is rounded stochastically. With "int8", "bfloat16" or "float32"
-# the state also keeps what rounding took away, for 1, 2 or 4 bytes.
+# it. With None the new parameter is rounded stochastically. With "int8" or "bfloat16" the
+# state keeps what rounding took away, for 1 or 2 bytes. With "float32" it keeps a copy in float32,
+# for 4.
 
 
 # %%
@@ -357,11 +358,11 @@ print(f"on {jax.default_backend()}, this machine:", ", ".join(
 #
 # - bfloat16 halves the state. In the trainings above it cannot be told from float32.
 # - int8 takes 1.03 bytes for an element in codes: 1 byte and the scale of its block. Its losses
-#   above are float32's, too. It is the format to try first where memory is short.
+#   above are float32's within 0.0011. It is the format to try first where memory is short.
 # - int4 takes 0.56 bytes. Try it with AdamW, or with Lion where a training of yours shows that
-#   the flipped signs do no harm. On a CPU it is much slower: in several runs on
-#   a busy machine of 2 cores the cell above printed 6 to 9 times float32's time, and 1.2 to 1.4
-#   times in int8.
+#   the flipped signs do no harm. On a CPU it is much slower: in several runs on a busy
+#   machine of 2 cores the cell above printed 6 to 9 times float32's time, and 1.2 to 1.6 times in
+#   int8.
 # - Give a dict where single layers need more.
 # - For parameters in bfloat16 use `master_weights`, with "int8" if a byte for each is there.
 #
