@@ -146,7 +146,8 @@ for name, (optimizer, _) in OPTIMIZERS.items():
 #
 # Each format trains from the same three seeds with the same batches and rate. The rate warms up
 # and falls to 0 along a cosine. Its peak is near the best one of a small sweep in float32, judged
-# on the held-out images. The other formats have no sweep of their own. `vmap` trains the seeds side by side.
+# on the held-out images. The other formats have no sweep of their own. `vmap` trains the seeds
+# side by side.
 
 # %%
 STEPS, BATCH, SEEDS, PARTS = 200, 128, 3, 20
