@@ -83,6 +83,7 @@ def test_the_dynamic_code_has_256_numbers_of_seven_decades():
         assert levels[levels > 0].min() == pytest.approx(3.25e-7 if is_nonnegative else 5.5e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_nonnegative", [False, True])
 @pytest.mark.parametrize("round_trip", [codes.linear, codes.dynamic, codes.softsign])
 def test_codes_are_near_and_their_numbers_are_fixed_points(round_trip, is_nonnegative):
@@ -97,6 +98,7 @@ def test_codes_are_near_and_their_numbers_are_fixed_points(round_trip, is_nonneg
     assert not round_trip(jnp.zeros((2, 300)), is_nonnegative).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tasks.TASKS)
 def test_most_weights_of_a_task_are_in_codes(name):
     shapes = [leaf.shape for leaf in jax.tree.leaves(

@@ -49,6 +49,7 @@ def test_a_nested_jit_takes_none():
         jax.jit(lambda x: inner(x) * 2)(jnp.ones(2))
 
 
+@pytest.mark.slow
 def test_the_flags_of_a_process_do_the_same():
     code = ("import jax, jax.numpy as jnp, lionax\n"
             "p, tx = jnp.ones((64, 32)), lionax.lion(1e-3)\n"

@@ -133,8 +133,9 @@ def test_inputs_that_are_not_jax_arrays():
 
 
 @pytest.mark.parametrize("make", [
-    lambda: lionax.monitor(lionax.lion(0.1)), lambda: lionax.accumulate(lionax.sgd(0.1), 2),
-    lambda: lionax.skip_nonfinite(lionax.lamb(0.1), 2)])
+    pytest.param(lambda: lionax.monitor(lionax.lion(0.1)), marks=pytest.mark.slow),
+    lambda: lionax.accumulate(lionax.sgd(0.1), 2),
+    pytest.param(lambda: lionax.skip_nonfinite(lionax.lamb(0.1), 2), marks=pytest.mark.slow)])
 def test_outside_of_jit_on_an_explicit_mesh(make):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x", "y"))

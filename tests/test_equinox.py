@@ -117,6 +117,7 @@ def test_a_buffer_without_a_gradient_never_changes(name):
     assert float(jnp.abs(model.layers[0].weight - Net().layers[0].weight).max()) > 0
 
 
+@pytest.mark.slow
 def test_gradients_of_another_structure_are_refused_by_path():
     model, tx = Net(), lionax.lion(0.01)
     grads = eqx.filter_grad(loss_of)(model)
@@ -142,6 +143,7 @@ def test_extra_arguments_reach_the_step():
         equinox.step(lionax.sgd(0.1), model, equinox.init(lionax.sgd(0.1), model), grads, valu=1.0)
 
 
+@pytest.mark.slow
 def test_a_donated_step_works_at_once_and_holds_no_temporary():
     anchored = optax.GradientTransformation(lambda params: (params, params),
                                             lambda grads, state, params: (grads, state))

@@ -24,7 +24,7 @@ def run(tx, params, grads, steps, state=None):
     return jax.jit(lambda carry: jax.lax.scan(body, carry, None, steps)[0])(carry)
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", cases.but_for_slow(HALVES, [jnp.float16]))
 @pytest.mark.parametrize("remainder", REMAINDERS)
 @pytest.mark.parametrize("wrap", [
     lambda tx: tx, pytest.param(lambda tx: lionax.accumulate(tx, 1), marks=pytest.mark.slow),
@@ -56,14 +56,14 @@ def test_the_state_takes_what_the_table_says(remainder):
     assert held[1] - held[0] == 8 + BYTES[remainder] * params["w"].size
 
 
-@pytest.mark.parametrize("remainder", REMAINDERS)
+@pytest.mark.parametrize("remainder", cases.but_for_fast(REMAINDERS, None))
 def test_float32_parameters_are_stepped_as_without_it(remainder):
     params, grads = {"w": cases.normal(5, 3)}, {"w": cases.normal(5, 3, seed=1)}
     tx, plain = lionax.master_weights(lionax.lamb(0.1), remainder), lionax.lamb(0.1)
     cases.assert_close(run(tx, params, grads, 3)[0], run(plain, params, grads, 3)[0])
 
 
-@pytest.mark.parametrize("remainder", REMAINDERS)
+@pytest.mark.parametrize("remainder", cases.but_for_fast(REMAINDERS, None, "int8"))
 @pytest.mark.parametrize("make", cases.but_for_slow(
     [lionax.lion, lionax.lamb, lionax.adamw], [lionax.lamb, lionax.adamw]))
 def test_a_run_stays_near_its_float32_twin(make, remainder):
@@ -100,7 +100,7 @@ def test_a_loaded_parameter_wins_over_an_old_master():
     np.testing.assert_allclose(kept, [3.0, -2.0, 1.0 - 1e-4, 0.5], rtol=1e-6)
 
 
-@pytest.mark.parametrize("remainder", REMAINDERS)
+@pytest.mark.parametrize("remainder", cases.but_for_fast(REMAINDERS, None, "int8"))
 def test_update_gives_the_difference(remainder):
     tx = lionax.master_weights(lionax.sgd(1.0), remainder)
     params, grads = cases.normal(64, dtype=jnp.bfloat16), cases.normal(64, seed=1) * 1e-3
@@ -110,7 +110,7 @@ def test_update_gives_the_difference(remainder):
     chex.assert_trees_all_equal(state, other)
 
 
-@pytest.mark.parametrize("remainder", cases.but_for_slow(REMAINDERS, ["int8", "bfloat16"]))
+@pytest.mark.parametrize("remainder", cases.but_for_fast(REMAINDERS, None))
 def test_on_a_mesh_the_bits_are_those_of_one_device(remainder):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     params, grads = cases.normal(64, 128, dtype=jnp.bfloat16), cases.normal(64, 128, seed=1) * 1e-2
