@@ -17,6 +17,17 @@ hypothesis.settings.register_profile("lionax", deadline=None, max_examples=25, d
                                      print_blob=True)
 hypothesis.settings.load_profile("lionax")
 
+# What they show does not depend on the version of JAX; `.ci/run` runs their slow tests once.
+ONCE = ("benchmarks", "compat", "demo", "golden", "keras", "keras_optimizer", "notebooks",
+        "optax_files", "release", "switching")
+
+
+def pytest_collection_modifyitems(items):
+    """Marks the tests of these files."""
+    for item in items:
+        if item.path.stem.removeprefix("test_") in ONCE:
+            item.add_marker(pytest.mark.once)
+
 
 @pytest.fixture(autouse=True)
 def _count_traces_anew():

@@ -52,7 +52,7 @@ def test_learning_rates_come_from_the_recorded_sweep():
 
 @pytest.mark.parametrize(("names", "steps", "most"), [
     pytest.param("lion", 6, 8.0, marks=pytest.mark.slow),
-    pytest.param("lion,lamb,sgd,adamw", 30, 6.0, marks=[pytest.mark.slow, pytest.mark.once])])
+    pytest.param("lion,lamb,sgd,adamw", 30, 6.0, marks=pytest.mark.slow)])
 def test_demo(names, steps, most, tmp_path):
     out = tmp_path / "curves.png"
     result = subprocess.run(
@@ -138,7 +138,6 @@ def test_without_the_extra_the_remedy_is_told(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.once
 def test_the_model_learns_more_than_pairs(tmp_path):
     result = subprocess.run(demo("--out", str(tmp_path / "curves.png")), env=ENVIRONMENT,
                             capture_output=True, text=True, check=True)

@@ -151,7 +151,6 @@ def test_that_cell_asks_for_a_restart_if_what_is_loaded_is_too_old(installed, mo
 
 
 @pytest.mark.slow
-@pytest.mark.once
 @each_script
 def test_it_runs_from_a_new_kernel(script):
     start = time.monotonic()

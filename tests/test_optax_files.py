@@ -16,7 +16,6 @@ FILES = sorted(path.relative_to(OPTAX).as_posix()
 
 
 @pytest.mark.slow
-@pytest.mark.once
 @pytest.mark.parametrize("file", FILES)
 def test_optax_s_own_tests_pass(file, tmp_path):
     """The exceptions, with their reasons, are in optax_replaced.py."""

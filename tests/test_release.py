@@ -64,7 +64,7 @@ assert float(lionax.get_hyperparams(state)["learning_rate"]) == 0.5
 print(jax.__version__, np.__version__, optax.__version__)
 """
 
-pytestmark = [pytest.mark.slow, pytest.mark.once]
+pytestmark = pytest.mark.slow
 
 
 def run(*command, cwd=None):
