@@ -119,8 +119,6 @@ def _in_place_of(old: HeldArray, new: HeldArray) -> Any:
     if _shape(old.leaf) != _shape(new.leaf):
         raise ValueError(f"cast_state: {'.'.join(new.slot[:2])} of {new.slot[2]!r} has shape "
                          f"{_shape(old.leaf)}, in `like` {_shape(new.leaf)}")
-    if is_quantized(old.leaf) and is_quantized(new.leaf) and old.leaf.format == new.leaf.format:
-        return jax.tree.map(storage.in_place_of, old.leaf, new.leaf)  # codes, bit for bit
     return storage.in_place_of(old.leaf, new.leaf)
 
 

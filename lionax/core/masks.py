@@ -16,8 +16,8 @@ from jax.core import Tracer
 
 from lionax.core.tree import Keys, Leaves, is_placeholder, keyed_leaves
 
-__all__ = ["Mask", "PathLabels", "PathMask", "PathTree", "check_regexes", "freeze", "labels",
-           "matching", "not_matching", "select"]
+__all__ = ["Mask", "PathLabels", "PathMask", "PathTree", "check_matched", "check_regexes",
+           "first_match", "freeze", "labels", "matching", "not_matching", "select"]
 
 Mask = Any
 """A tree of bools or a prefix of one, a function of the parameters, or ``matching(...)``."""
@@ -30,8 +30,12 @@ def check_regexes(patterns: Iterable[str], owner: str) -> None:
             re.compile(pattern)
         except (TypeError, re.error) as error:
             kind = ValueError if isinstance(pattern, str) else TypeError
-            message = f"{pattern!r} is not a regular expression: {error}"
-            raise kind(f"{owner}: {message}") from None
+            raise kind(f"{owner}: {pattern!r} is not a regular expression: {error}") from None
+
+
+def first_match(rules: Iterable[tuple[str, Any]], path: str, default: Any = None) -> Any:
+    """What stands beside the first regular expression that a path matches."""
+    return next((value for regex, value in rules if re.search(regex, path)), default)
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,11 @@ def not_matching(*regexes: str, missing_ok: bool = False) -> PathMask:
     return PathMask(regexes, inverted=True, missing_ok=missing_ok)
 
 
+def check_matched(rules: Iterable[tuple[str, Any]], keys: Sequence[Keys], owner: str) -> None:
+    """Refuses a regular expression that matches no leaf."""
+    PathMask(tuple(regex for regex, _ in rules)).select(keys, (), owner)
+
+
 @dataclass(frozen=True)
 class PathLabels:
     """Labels by regular expressions over leaf paths; made by `labels`."""
@@ -128,8 +137,7 @@ class PathLabels:
         """The label of the first expression that matches each leaf's path, or the default."""
         found = []
         for name, here in zip(map("/".join, keys), present, strict=True):
-            label = next((label for regex, label in self.rules if re.search(regex, name)),
-                         self.default)
+            label = first_match(self.rules, name, self.default)
             if label is None and here:
                 raise ValueError(f"{owner}: no regular expression of {self!r} matches the leaf "
                                  f"{name!r}; add one, or give a default")

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lionax.core.rounding import as_uniform
-from lionax.core.varying import varying_axes
+from lionax.core.varying import explicit_sharding, varying_axes
 
 __all__ = ["Format", "QuantizedArray", "encode", "format_of", "is_quantized", "shapes_of",
            "zeros"]
@@ -145,9 +145,8 @@ def zeros(like: Any, format: Format) -> QuantizedArray:
 
 
 def _zeros(like: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    sharding = jax.typeof(like).sharding if isinstance(like, Tracer) else like.sharding
-    if not isinstance(sharding, NamedSharding) or (
-            isinstance(like, Tracer) and AxisType.Explicit not in sharding.mesh.axis_types):
+    sharding = explicit_sharding(like) if isinstance(like, Tracer) else like.sharding
+    if not isinstance(sharding, NamedSharding):
         axes = tuple(varying_axes(like)) if isinstance(like, Tracer) else ()
         zero = jnp.zeros(shape, dtype)
         return lax.pcast(zero, axes, to="varying") if axes else zero
@@ -165,8 +164,8 @@ def _fitting(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
 
 def _in_whole_blocks(array: jax.Array, blocks: int) -> jax.Array:
     """On an explicit mesh, whose shards a reshape must not split, shards of whole blocks."""
-    sharding = jax.typeof(array).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types:
+    sharding = explicit_sharding(array)
+    if sharding is None:
         return array
     fitting = _fitting(sharding, (*array.shape[:-1], blocks))
     return jax.sharding.reshard(array, fitting) if fitting.spec != sharding.spec else array
@@ -174,8 +173,8 @@ def _in_whole_blocks(array: jax.Array, blocks: int) -> jax.Array:
 
 def _placed(array: jax.Array, like: jax.Array) -> jax.Array:
     """On an explicit mesh an array in the sharding of another, where its last axis allows it."""
-    sharding = jax.typeof(like).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types:
+    sharding = explicit_sharding(like)
+    if sharding is None:
         return array
     return jax.sharding.reshard(array, _fitting(sharding, array.shape))
 

@@ -5,17 +5,17 @@ its expected value is x. So an average goes on moving where each step is less th
 rounding to the nearest would undo it.
 """
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType
 
-from lionax.core.varying import is_unchecked, varying_axes
+from lionax.core.varying import explicit_sharding, is_unchecked, varying_axes
 
-__all__ = ["as_uniform", "folded", "is_low_precision", "random_bits", "rounded",
-           "to_integers", "ulp"]
+__all__ = ["as_uniform", "check_seed", "folded", "is_low_precision", "key_of", "random_bits",
+           "rounded", "to_integers", "ulp"]
 
 
 def is_low_precision(dtype) -> bool:
@@ -27,6 +27,17 @@ def folded(key: jax.Array, number: jax.Array | int) -> jax.Array:
     """A key for one of several uses of a key."""
     return _mixed(key ^ (jnp.asarray(number).astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
                          + jnp.uint32(0x85EBCA6B)))
+
+
+def key_of(seed: int, *numbers: jax.Array | int) -> jax.Array:
+    """A key from a seed and the numbers that tell uses of it apart."""
+    return functools.reduce(folded, numbers, jnp.uint32(seed % 2**32))
+
+
+def check_seed(seed: int, owner: str) -> None:
+    """Refuses what is not an int."""
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"{owner}: seed={seed!r} is not accepted; give an int")
 
 
 def random_bits(key: jax.Array, like: jax.Array) -> jax.Array:
@@ -42,8 +53,7 @@ def random_bits(key: jax.Array, like: jax.Array) -> jax.Array:
                          "check_vma=True, or store with Storage(dtype, rounding='nearest')")
     for axis in sorted(varying_axes(like)):
         key = folded(key, lax.axis_index(axis))
-    sharding = jax.typeof(like).sharding
-    out = sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+    out = explicit_sharding(like)
     inner = next(d for d in range(like.ndim + 1) if math.prod(like.shape[d:]) < 2**32)
     index, stride, outer, outer_stride = jnp.uint32(0), 1, jnp.uint32(0), 1
     for axis in reversed(range(like.ndim)):

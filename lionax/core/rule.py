@@ -47,11 +47,10 @@ from jax.core import Tracer
 
 from lionax.core import storage
 from lionax.core.hyperparameters import Held, Interval, check_scalar
-from lionax.core.masks import PathMask
+from lionax.core.masks import check_matched
 from lionax.core.tree import Keys
 
-__all__ = ["Applied", "Definition", "Observer", "Rule", "Step", "at_path",
-           "check_paths"]
+__all__ = ["Applied", "Definition", "Observer", "Rule", "Step", "at_path", "check_paths"]
 
 Applied = tuple[Any, Any]
 """What `Rule.apply` returns: the new update and the new slots."""
@@ -128,8 +127,7 @@ class Rule(Definition):
 
     def storage_of(self, slot: str) -> storage.Storage | None:
         """How a slot is rounded: as its field ``<slot>_dtype`` or ``accumulator_dtype`` says."""
-        names = (f"{slot}_dtype", "accumulator_dtype")
-        return next((getattr(self, name) for name in names if hasattr(self, name)), None)
+        return getattr(self, f"{slot}_dtype", getattr(self, "accumulator_dtype", None))
 
     def init(self, param: jax.Array) -> Any:
         """The slots of one parameter: a NamedTuple of arrays, whose dtypes never change."""
@@ -171,12 +169,11 @@ def at_path(rule: Rule, path: str) -> Rule:
 def check_paths(rule: Rule, keys: Sequence[Keys]) -> None:
     """Refuses a storage by path of which a regular expression matches no leaf."""
     for value in _by_path(rule).values():
-        PathMask(tuple(regex for regex, _ in value.rules)).select(keys, (), rule.name)
+        check_matched(value.rules, keys, rule.name)
 
 
 def _by_path(rule: Rule) -> dict[str, storage.StorageByPath]:
-    fields = {field.name: getattr(rule, field.name) for field in dataclasses.fields(rule)}
-    return {name: value for name, value in fields.items()
+    return {name: value for name, value in vars(rule).items()
             if isinstance(value, storage.StorageByPath)}
 
 

@@ -5,7 +5,6 @@ Arithmetic runs in float32, in float64 for float64 leaves. A slot's dtype is fix
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -13,15 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import AxisType
 
-from lionax.core.masks import check_regexes
+from lionax.core.masks import check_regexes, first_match
 from lionax.core.quantized import encode, format_of, is_quantized, zeros
-from lionax.core.rounding import folded, is_low_precision, random_bits, rounded
+from lionax.core.rounding import check_seed, is_low_precision, key_of, random_bits, rounded
 from lionax.core.tree import is_float0, is_placeholder
+from lionax.core.varying import explicit_sharding
 
 __all__ = ["Storage", "StorageByPath", "StorageLike", "accumulator_dtype", "add",
-           "check_storage", "compute_dtype", "in_place_of", "is_complex", "is_rounded", "load",
+           "check_storage", "compute_dtype", "in_place_of", "is_complex", "load",
            "loaded", "store", "stored", "zero_slot"]
 
 CODES = {"int8": 8, "int4": 4}
@@ -61,8 +60,7 @@ class Storage:
         if self.rounding not in ("stochastic", "nearest"):
             raise ValueError(f"Storage: rounding={self.rounding!r} is not accepted; give "
                              "'stochastic' or 'nearest'")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise TypeError(f"Storage: seed={self.seed!r} is not accepted; give an int")
+        check_seed(self.seed, "Storage")
 
     def __repr__(self) -> str:
         given = [repr(self.dtype and self.dtype.name)]
@@ -93,7 +91,7 @@ class StorageByPath:
 
     def at(self, path: str) -> Storage | None:
         """How the slots of the leaf with this path are stored."""
-        return next((storage for regex, storage in self.rules if re.search(regex, path)), None)
+        return first_match(self.rules, path)
 
 
 def check_storage(value: StorageLike, owner: str, argument: str) -> Storage | StorageByPath | None:
@@ -187,7 +185,7 @@ def loaded(tree: Any, dtype: np.dtype) -> Any:
     return jax.tree.map(functools.partial(load, dtype=dtype), tree, is_leaf=is_quantized)
 
 
-def is_rounded(slot: Any) -> bool:
+def _is_rounded(slot: Any) -> bool:
     """Whether a new value of a slot is rounded to codes or to a float of at most 16 bits."""
     return is_quantized(slot) or is_low_precision(slot.dtype)
 
@@ -195,9 +193,9 @@ def is_rounded(slot: Any) -> bool:
 def store(value: jax.Array, old: Any, key: jax.Array | None = None) -> Any:
     """A new value in the dtype of the array that it replaces and, if types say it, its sharding.
 
-    With a key it is rounded stochastically where `is_rounded`, else to the nearest.
+    With a key codes and floats of at most 16 bits are rounded stochastically, else to the nearest.
     """
-    bits = random_bits(key, value) if key is not None and is_rounded(old) else None
+    bits = random_bits(key, value) if key is not None and _is_rounded(old) else None
     if is_quantized(old):
         return jax.tree.map(_sharded_as, encode(value, old.format, bits), old)
     return _sharded_as(value.astype(old.dtype) if bits is None else
@@ -205,8 +203,8 @@ def store(value: jax.Array, old: Any, key: jax.Array | None = None) -> Any:
 
 
 def _sharded_as(value: jax.Array, old: jax.Array) -> jax.Array:
-    sharding = jax.typeof(old).sharding
-    if AxisType.Explicit in sharding.mesh.axis_types and jax.typeof(value).sharding != sharding:
+    sharding = explicit_sharding(old)
+    if sharding is not None and jax.typeof(value).sharding != sharding:
         return jax.sharding.reshard(value, sharding)
     return value
 
@@ -217,23 +215,23 @@ def stored(new: Any, slots: Any, storage_of: Callable[[str], Storage | None], *n
     for field, values, old in zip(new._fields, new, slots, strict=True):
         storage, key = storage_of(field) or Storage(), None
         held = jax.tree.leaves(old, is_leaf=is_quantized)
-        if storage.rounding == "stochastic" and any(map(is_rounded, held)):
-            key: Any = np.uint32(storage.seed % 2**32)
-            for number in (len(each), *numbers):
-                key = folded(key, number)
+        if storage.rounding == "stochastic" and any(map(_is_rounded, held)):
+            key = key_of(storage.seed, len(each), *numbers)
         each.append(jax.tree.map(functools.partial(store, key=key), values, old))
     return type(new)(*each)
 
 
 def in_place_of(value: Any, old: Any) -> Any:
     """A value, stored as the array that it replaces: its dtype, shape, sharding and container."""
-    value = value.decode() if is_quantized(value) else value
 
     def one(array):
-        if is_quantized(array):
-            values = jnp.broadcast_to(jnp.asarray(value), array.shape)
-            return jax.tree.map(_placed_as, encode(values, array.format, None), array)
-        return _placed_as(value, array)
+        if is_quantized(value) and is_quantized(array) and value.format == array.format:
+            return jax.tree.map(_placed_as, value, array)  # the same codes
+        numbers = value.decode() if is_quantized(value) else value
+        if not is_quantized(array):
+            return _placed_as(numbers, array)
+        values = jnp.broadcast_to(jnp.asarray(numbers), array.shape)
+        return jax.tree.map(_placed_as, encode(values, array.format, None), array)
 
     # A Flax optimizer wraps each array of the state in a variable.
     return jax.tree.map(one, old, is_leaf=is_quantized)

@@ -1,12 +1,13 @@
-"""Inside ``shard_map``: the mesh axes over which a value differs, which JAX keeps in its type."""
+"""What JAX keeps in the type of a value: the mesh axes over which it differs, its sharding."""
 
 import math
 from typing import Any
 
 import jax
 from jax.core import ShapedArray
+from jax.sharding import AxisType, NamedSharding
 
-__all__ = ["is_unchecked", "number_of_elements", "varying_axes"]
+__all__ = ["explicit_sharding", "is_unchecked", "number_of_elements", "varying_axes"]
 
 
 def varying_axes(x: Any) -> frozenset[str]:
@@ -14,6 +15,12 @@ def varying_axes(x: Any) -> frozenset[str]:
     aval = x if isinstance(x, ShapedArray) else jax.typeof(x)
     manual = getattr(aval, "manual_axis_type", None)
     return frozenset(manual.varying if manual is not None else getattr(aval, "vma", ()))
+
+
+def explicit_sharding(x: Any) -> NamedSharding | None:
+    """The sharding that an array's type says: on an explicit mesh; else None."""
+    sharding = jax.typeof(x).sharding
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
 def is_unchecked() -> bool:

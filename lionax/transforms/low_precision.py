@@ -6,11 +6,18 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from lionax.core.definition import Conditional
-from lionax.core.rounding import folded, is_low_precision, random_bits, rounded, to_integers, ulp
+from lionax.core.rounding import (
+    check_seed,
+    is_low_precision,
+    key_of,
+    random_bits,
+    rounded,
+    to_integers,
+    ulp,
+)
 from lionax.core.rule import Definition
 from lionax.core.state import init_state
 from lionax.core.storage import add, zero_slot
@@ -47,12 +54,11 @@ class MasterWeights(Conditional):
         if self.remainder not in (None, "int8", "bfloat16", "float32"):
             raise ValueError(f"master_weights: remainder={self.remainder!r} is not accepted; give "
                              "None, 'int8', 'bfloat16' or 'float32'")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise TypeError(f"master_weights: seed={self.seed!r} is not accepted; give an int")
+        check_seed(self.seed, "master_weights")
 
     def init(self, params: Any) -> MasterWeightsState:
         leaves = Leaves.of(params, params)
-        remainders = [self._remainder(x) if here and self._is_low(x) else placeholder(x)
+        remainders = [self._remainder(x) if here and _is_low(x) else placeholder(x)
                       for x, here in zip(leaves.values, leaves.present, strict=True)]
         return MasterWeightsState(jnp.zeros((), jnp.int32), leaves.treedef.unflatten(remainders),
                                   init_state(self.inner, params))
@@ -62,9 +68,11 @@ class MasterWeights(Conditional):
         if params is None:
             raise ValueError("master_weights: needs the parameters; call step(params, state, "
                              "grads)")
-        masters = [_master(x, rest) if self._is_low(x) else x
-                   for x, rest in self._pairs(params, state.remainder)]
-        return jax.tree.unflatten(Leaves.of(params, params).treedef, masters), state, True
+        leaves = Leaves.of(params, params)
+        rests = leaves.treedef.flatten_up_to(state.remainder)
+        masters = [_master(x, rest) if _is_low(x) else x
+                   for x, rest in zip(leaves.values, rests, strict=True)]
+        return leaves.treedef.unflatten(masters), state, True
 
     def accepts(self, updates: Any, state: Any, params: Any, extra: Mapping[str, Any]) -> Any:
         return True
@@ -76,15 +84,12 @@ class MasterWeights(Conditional):
     def write(self, new: Any, opened: Any, params: Any, state: MasterWeightsState,
               writes: bool) -> tuple[Any, MasterWeightsState]:
         leaves = Leaves.of(params, params)
-        news = leaves.treedef.flatten_up_to(new)
-        masters = leaves.treedef.flatten_up_to(opened)
-        pairs = self._pairs(params, state.remainder)
-        news, rests = list(news), [rest for _, rest in pairs]
-        for leaf, (old, rest) in enumerate(pairs):
-            if self._is_low(old):
+        news, masters, rests = map(leaves.treedef.flatten_up_to, (new, opened, state.remainder))
+        for leaf, old in enumerate(leaves.values):
+            if _is_low(old):
                 master = news[leaf] if writes else add(masters[leaf], news[leaf])
-                key = self._key(leaf, state.calls)
-                new, rests[leaf] = self._written(master, old, rest, key)
+                key = key_of(self.seed, USE, leaf, state.calls)
+                new, rests[leaf] = self._written(master, old, rests[leaf], key)
                 news[leaf] = new if writes else new.astype(jnp.float32) - old.astype(jnp.float32)
         return leaves.treedef.unflatten(news), state._replace(
             remainder=leaves.treedef.unflatten(rests))
@@ -111,19 +116,9 @@ class MasterWeights(Conditional):
         codes = jnp.nan_to_num(to_integers(steps, random_bits(key, master)))
         return new, jnp.clip(codes, -127, 127).astype(jnp.int8)
 
-    def _key(self, leaf: int, calls: jax.Array) -> jax.Array:
-        key: Any = np.uint32(self.seed % 2**32)
-        for number in (USE, leaf, calls):
-            key = folded(key, number)
-        return key
 
-    def _pairs(self, params: Any, remainder: Any) -> list[tuple[Any, Any]]:
-        leaves = Leaves.of(params, params)
-        rests = leaves.treedef.flatten_up_to(remainder)
-        return list(zip(leaves.values, rests, strict=True))
-
-    def _is_low(self, param: Any) -> bool:
-        return hasattr(param, "dtype") and is_low_precision(param.dtype)
+def _is_low(param: Any) -> bool:
+    return hasattr(param, "dtype") and is_low_precision(param.dtype)
 
 
 def _master(param: jax.Array, rest: Any) -> jax.Array:

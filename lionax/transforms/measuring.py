@@ -14,7 +14,7 @@ from lionax.core.branching import branch, reading_branch
 from lionax.core.definition import Combination, Conditional
 from lionax.core.hyperparameters import check_count, get_hyperparams, names_in_state
 from lionax.core.layout import Layout, Stage
-from lionax.core.masks import PathLabels, PathMask, check_regexes, labels
+from lionax.core.masks import PathLabels, check_matched, check_regexes, labels
 from lionax.core.rule import Definition, Step
 from lionax.core.state import init_state
 from lionax.core.transformation import Transformation, constructor
@@ -106,8 +106,7 @@ class Monitor(Conditional):
     def _groups(self, leaves: Leaves) -> dict[str, list[int]]:
         """The present leaves of each group, and of the whole tree."""
         if self.groups.rules:  # refuses an expression that matches nothing
-            PathMask(tuple(regex for regex, _ in self.groups.rules)).select(
-                leaves.keys, leaves.present, "monitor")
+            check_matched(self.groups.rules, leaves.keys, "monitor")
         chosen = self.groups.select(leaves.keys, leaves.present, "monitor")
         present = [leaf for leaf, here in enumerate(leaves.present) if here]
         return {"": present, **{group: [leaf for leaf in present if chosen[leaf] == group]
