@@ -13,9 +13,10 @@ from lionax.core.rule import Rule, Step
 from lionax.core.storage import Storage, zero_slot
 from lionax.core.transformation import Transformation, apply_updates
 from lionax.core.tree import paths
-from lionax.monitoring import plan, summary
-from lionax.optimizers import adam, adamw, lamb, lion, sgd
+from lionax.monitoring import metrics, plan, summary
+from lionax.optimizers import adam, adamw, lamb, lion, majority_vote_lion, sgd
 from lionax.resume import cast_state
+from lionax.sharding import sharded, state_sharding
 from lionax.transforms.accumulation import accumulate
 from lionax.transforms.adaptive import scale_by_adam, scale_by_trust_ratio
 from lionax.transforms.averaging import averaged_params, params_ema
@@ -31,7 +32,7 @@ from lionax.transforms.combining import (
 from lionax.transforms.conditional import dynamic_loss_scale, skip_if, skip_nonfinite, unscale
 from lionax.transforms.decay import add_decayed_weights
 from lionax.transforms.low_precision import master_weights
-from lionax.transforms.measuring import metrics, monitor
+from lionax.transforms.measuring import monitor
 from lionax.transforms.momentum import ema, trace
 from lionax.transforms.scaling import scale, scale_by_learning_rate, scale_by_schedule
 from lionax.transforms.sign_momentum import scale_by_lion
@@ -66,6 +67,7 @@ __all__ = [
     "labels",
     "lamb",
     "lion",
+    "majority_vote_lion",
     "masked",
     "master_weights",
     "matching",
@@ -89,8 +91,10 @@ __all__ = [
     "set_hyperparams",
     "set_to_zero",
     "sgd",
+    "sharded",
     "skip_if",
     "skip_nonfinite",
+    "state_sharding",
     "summary",
     "to_config",
     "trace",

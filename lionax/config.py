@@ -11,18 +11,21 @@ import math
 import types
 import typing
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from lionax.compat import keras3, keras_parts, keras_schedules, tf_models
 from lionax.core import hyperparameters
-from lionax.core.definition import Foreign
+from lionax.core.counting import LARGEST_COUNT
+from lionax.core.definition import Foreign, Sharded
 from lionax.core.hyperparameters import Injected
 from lionax.core.masks import PathLabels, PathMask, PathTree
+from lionax.core.patterns import check_bounded
 from lionax.core.rule import Definition, Rule
 from lionax.core.storage import Storage, StorageByPath
+from lionax.core.table import shown
 from lionax.core.transformation import Transformation
 from lionax.transforms import (
     accumulation,
@@ -33,6 +36,7 @@ from lionax.transforms import (
     conditional,
     decay,
     low_precision,
+    majority_vote,
     measuring,
     momentum,
     scaling,
@@ -48,14 +52,14 @@ _TYPES: dict[str, type] = {cls.__name__: cls for cls in (
     clipping.Clip, clipping.ClipByGlobalNorm, clipping.ClipByNorm, combining.Chain,
     combining.Identity, combining.Masked, combining.NamedChain, combining.Partition,
     combining.SetToZero, conditional.DynamicLossScale, conditional.SkipIf, conditional.Unscale,
-    decay.AddDecayedWeights, low_precision.MasterWeights, measuring.Monitor, momentum.Ema,
-    momentum.Trace, scaling.Scale, scaling.ScaleByLearningRate, sign_momentum.ScaleByLion,
-    Storage, StorageByPath, tf_models.ZeroNorm, Injected,
-    hyperparameters.Interval, PathLabels, PathMask, PathTree, keras_parts.Decayed,
-    keras_parts.EveryWindow, keras_parts.FirstCopies, keras_parts.KerasAverage, keras3.Shrunk,
-    tf_models.InverseTime, keras_schedules.CosineDecay, keras_schedules.ExponentialDecay,
-    keras_schedules.InverseTimeDecay, keras_schedules.PiecewiseConstantDecay,
-    keras_schedules.PolynomialDecay)}
+    decay.AddDecayedWeights, low_precision.MasterWeights, majority_vote.CountVotes,
+    majority_vote.MajorityVoteLion, measuring.Monitor, momentum.Ema, momentum.Trace,
+    scaling.Scale, scaling.ScaleByLearningRate, sign_momentum.ScaleByLion, Sharded, Storage,
+    StorageByPath, tf_models.ZeroNorm, Injected, hyperparameters.Interval, PathLabels, PathMask,
+    PathTree, keras_parts.Decayed, keras_parts.EveryWindow, keras_parts.FirstCopies,
+    keras_parts.KerasAverage, keras3.Shrunk, tf_models.InverseTime, keras_schedules.CosineDecay,
+    keras_schedules.ExponentialDecay, keras_schedules.InverseTimeDecay,
+    keras_schedules.PiecewiseConstantDecay, keras_schedules.PolynomialDecay)}
 _SCHEDULES = (keras_schedules.Schedule, keras_parts.EveryWindow, keras_parts.FirstCopies,
               keras3.Shrunk, tf_models.InverseTime)
 _registered: dict[str, Callable[[Any], Any]] = {}
@@ -196,8 +200,9 @@ def from_config(config: dict[str, Any]) -> Transformation:
     definition = _decode(fields, "$", 0)
     if not isinstance(definition, Definition):
         raise ValueError(f"from_config: $ is a {type(definition).__name__}, not a transformation")
-    if isinstance(written, list) and written[1:] == [_checksum(fields)]:
-        return Transformation.of(definition, str(written[0]))
+    if isinstance(written, list) and [*map(type, written)] == [str, int] and (
+            written[1] == _checksum(fields)):
+        return Transformation.of(definition, written[0])
     return Transformation.of(definition)
 
 
@@ -209,7 +214,10 @@ def _decode(value: Any, where: str, depth: int) -> Any:
     if isinstance(value, list | tuple):
         return tuple(_decode(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value))
     if not isinstance(value, dict):
-        raise ValueError(f"from_config: {where} is {value!r}; a number, string, list or dict is "
+        raise ValueError(f"from_config: {where} is {shown(value)}; a number, string, list or dict "
+                         "is accepted")
+    if not all(isinstance(name, str) for name in value):
+        raise ValueError(f"from_config: {where} has the keys {shown(list(value))}; strings are "
                          "accepted")
     kind = value.get("type")
     fields = {name: item for name, item in value.items() if name != "type"}
@@ -218,11 +226,11 @@ def _decode(value: Any, where: str, depth: int) -> Any:
     if kind == "registered" and isinstance(fields.get("name"), str):
         if fields["name"] not in _registered:
             raise ValueError(f"from_config: {where}: no schedule is registered as "
-                             f"{fields['name']!r}; register it before, with "
+                             f"{shown(fields['name'])}; register it before, with "
                              "lionax.register_schedule")
         return _registered[fields["name"]]
     if not isinstance(kind, str) or kind not in _TYPES:
-        raise ValueError(f"from_config: {where}.type is {kind!r}; known are "
+        raise ValueError(f"from_config: {where}.type is {shown(kind)}; known are "
                          f"{', '.join(sorted(_TYPES))}")
     return _build(_TYPES[kind], fields, where, depth)
 
@@ -231,17 +239,37 @@ def _build(cls: type, fields: dict[str, Any], where: str, depth: int) -> Any:
     known = {f.name: f for f in dataclasses.fields(cls)}
     for name in fields:
         if name not in known:
-            raise ValueError(f"from_config: {where}.{name} is not a field of {cls.__name__}; it "
+            field = shown(name).strip("'")
+            raise ValueError(f"from_config: {where}.{field} is not a field of {cls.__name__}; it "
                              f"has {', '.join(known)}")
     values = {name: _decode(item, f"{where}.{name}", depth + 1) for name, item in fields.items()}
     for name, item in values.items():
+        if _is_number(item) and abs(item) > LARGEST_COUNT and name != "seed":
+            values[name] = item = _as_float(item, f"{where}.{name}")  # JAX takes no such int
         if not _fits(item, known[name]):
-            raise ValueError(f"from_config: {where}.{name}={item!r} is not accepted by "
+            raise ValueError(f"from_config: {where}.{name}={shown(item)} is not accepted by "
                              f"{cls.__name__}")
+    for pattern in _patterns(cls, values):
+        check_bounded(pattern, f"from_config: {where}")
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"from_config: {where}: {error}") from None
+
+
+def _as_float(value: float, where: str) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"from_config: {where} is {shown(value)}, which no float can be") from None
+
+
+def _patterns(cls: type, values: dict[str, Any]) -> Sequence[Any]:
+    """The regular expressions in the fields of a mask, of labels or of a storage by path."""
+    if issubclass(cls, PathMask):
+        return values.get("patterns", ())
+    is_by_path = issubclass(cls, PathLabels | StorageByPath)
+    return [regex for regex, _ in values.get("rules", ())] if is_by_path else ()
 
 
 def _fits(value: Any, field: dataclasses.Field) -> bool:

@@ -1,24 +1,29 @@
-"""What a transformation costs and does, before it runs: `plan` and `summary`."""
+"""What a transformation costs and does: `plan` and `summary` before it runs, `metrics` after."""
 
 import dataclasses
 import functools
 import math
 import operator
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lionax.compiler import compiler_options
 from lionax.core.definition import Conditional
+from lionax.core.hyperparameters import get_hyperparams, is_number, names_in_state
 from lionax.core.inspection import bytes_of, contents_by_leaf
 from lionax.core.layout import Layout, sweeps
+from lionax.core.placement import local, shardings_of_leaves, split_further
 from lionax.core.rule import Definition
-from lionax.core.table import Shown, Table, in_bytes
+from lionax.core.table import Shown, Table, in_bytes, shown
 from lionax.core.transformation import Transformation
 from lionax.core.tree import Leaves
+from lionax.transforms.measuring import is_monitor
 
-__all__ = ["LeafSummary", "Plan", "Summary", "plan", "summary"]
+__all__ = ["LeafSummary", "Plan", "Summary", "metrics", "plan", "summary"]
 
 _COSTS = ("bytes accessed", "bytes accessedout{}", "flops")  # as XLA calls them
 
@@ -102,6 +107,7 @@ class LeafSummary:
     rules: tuple[str, ...]  # that act on the leaf; a conditional before those inside of it
     state: tuple[str, ...]  # its arrays in the state: ``mu float32``
     state_bytes: int
+    whole: str = ""  # why its state is not split over the axis that was asked for
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -124,16 +130,17 @@ class Summary(Shown):
                 for leaf, others in zip(self.leaves, further, strict=True)]
         own = self.state_bytes - sum(leaf.state_bytes for leaf in self.leaves)
         each = f"{self.state_bytes / self.parameters:.2f}" if self.parameters else "–"
+        whole = [f"left whole: {leaf.path}, {leaf.whole}" for leaf in self.leaves if leaf.whole]
         return Table(
             ("leaf", "shape", "dtype", "further rules", "state", "bytes"), rows,
             [f"on every leaf: {', '.join(everywhere.elements()) or 'nothing'}"],
             [f"leaves: {len(self.leaves)}; parameters: {self.parameters:,}, "
              f"{in_bytes(self.parameter_bytes)}",
              f"state: {in_bytes(self.state_bytes)}, {each} bytes per parameter; of no leaf: "
-             f"{in_bytes(own)}"])
+             f"{in_bytes(own)}", *whole])
 
 
-def summary(tx: Transformation, params: Any) -> Summary:
+def summary(tx: Transformation, params: Any, zero_axis: str | None = None) -> Summary:
     """A table of leaves: path, shape, dtype, the rules that act, the arrays of the state.
 
     ``print`` shows it as text, a notebook as HTML, ``rich.print`` as rich's table.
@@ -141,6 +148,8 @@ def summary(tx: Transformation, params: Any) -> Summary:
     Args:
       tx: a lionax transformation.
       params: the parameters or their shapes (``jax.eval_shape``); nothing is allocated or run.
+      zero_axis: as for `state_sharding`; then it lists the leaves whose state is not split over
+        that axis of the mesh, and why.
 
     Raises:
       TypeError: if ``tx`` is not lionax's.
@@ -162,9 +171,11 @@ def summary(tx: Transformation, params: Any) -> Summary:
     rows = tuple(
         LeafSummary(path, value.shape, value.dtype.name, tuple(names),
                     tuple(f"{field} {array.dtype.name}" for field, array in arrays),
-                    sum(bytes_of(array) for _, array in arrays))
-        for path, value, names, arrays, here in zip(
-            leaves.paths, leaves.values, acting, kept, leaves.present, strict=True) if here)
+                    sum(bytes_of(array) for _, array in arrays),
+                    split_further(sharding, value.shape, zero_axis)[1] if zero_axis else "")
+        for path, value, names, arrays, sharding, here in zip(
+            leaves.paths, leaves.values, acting, kept, shardings_of_leaves(leaves), leaves.present,
+            strict=True) if here)
     arrays = jax.tree.leaves(shapes)
     return Summary(rows, sum(math.prod(array.shape) for array in arrays),
                    sum(map(bytes_of, arrays)), sum(map(bytes_of, jax.tree.leaves(state))))
@@ -191,3 +202,67 @@ def _shapes(tx: Any, params: Any, owner: str) -> tuple[Leaves, Any]:
     leaves = Leaves.of(params, params)
     return leaves, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
                                 leaves.treedef.unflatten(leaves.values))
+
+
+def metrics(state: Any) -> dict[str, jax.Array]:
+    """What `monitor` measured last, and the hyperparameters of `get_hyperparams`.
+
+    Nothing is moved to the host: ``jax.device_get(metrics(state))`` does that, and waits for the
+    step. In a run of several processes one of them may read alone.
+
+    Args:
+      state: of a transformation with a `monitor`, alone or anywhere inside another's.
+
+    Returns:
+      Name to scalar. Where several monitors share a name, it is qualified by where they stand in
+      the state.
+
+    Raises:
+      KeyError: if nothing in the state is measured.
+
+    >>> import jax.numpy as jnp, lionax
+    >>> state = lionax.monitor(lionax.sgd(0.5)).init(jnp.zeros(2))
+    >>> sorted(lionax.metrics(state))[:3]
+    ['age', 'gradient_norm', 'learning_rate']
+    """
+    with jax.debug_nans(False):  # which stands for what was not measured yet
+        found = list(_found(state, ()))
+    if not found:
+        raise KeyError("metrics: nothing in the state is measured; wrap the transformation in "
+                       "lionax.monitor(tx)")
+    names = names_in_state([(keys, name) for keys, name, _ in found])
+    return get_hyperparams(state) | dict(zip(names, (value for *_, value in found), strict=True))
+
+
+def _found(state: Any, keys: tuple[Any, ...]) -> Any:
+    """Keys, name and value of everything measured in a state."""
+    pairs, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_monitor)
+    for inner_keys, node in pairs:
+        if is_monitor(node):
+            here = (*keys, *inner_keys)
+            ages = [(name, _number(x)) for name, x in _items(node.age)]
+            for name, age in ages:
+                yield here, name, age
+            for group, values in _items(node.values):
+                for name, value in _items(values):
+                    measured = jnp.where(ages[0][1] < 0, jnp.nan, _number(value, jnp.float32))
+                    yield here, f"{group}/{name}" if group else name, measured
+            yield from _found(node.inner, (*here, jax.tree_util.GetAttrKey("inner")))
+
+
+def _items(node: Any) -> Any:
+    """The items of a dict of measurements; refuses what is none, or empty."""
+    if not isinstance(node, Mapping) or not node:
+        raise ValueError(f"metrics: the state holds {shown(node)} in place of measurements; make "
+                         "it with tx.init(params)")
+    return node.items()
+
+
+def _number(node: Any, dtype: Any = jnp.int32) -> jax.Array:
+    """The one array in a node; refuses what is no number."""
+    arrays = jax.tree.leaves(node)  # A Flax optimizer wraps each array in a variable.
+    value = local(arrays[0]) if len(arrays) == 1 and isinstance(arrays[0], jax.Array) else None
+    if value is None or not is_number(value):
+        raise ValueError(f"metrics: the state holds {shown(node)} in place of a measurement; make "
+                         "it with tx.init(params)")
+    return value.astype(dtype)

@@ -1,15 +1,19 @@
 """Resuming: the state of an earlier definition in the structure of a new one."""
 
+import contextlib
 import logging
 from collections import Counter, defaultdict
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lionax.core import storage
 from lionax.core.inspection import HeldArray, contents, holds_state
+from lionax.core.placement import own_buffers
 from lionax.core.quantized import is_quantized
 
 __all__ = ["cast_state"]
@@ -24,9 +28,13 @@ def cast_state(state: Any, like: Any, strict: bool = False) -> Any:
     """The state of an earlier definition in the structure of a new one.
 
     An array with the same rule, field and parameter's path is taken over, in the dtype of the new
-    state. So are counts and hyperparameters, by name. A new array is that of ``like``, one that is
-    gone is dropped; the logger ``lionax`` tells so in a line for each field. So a run goes on with
-    a group frozen, with a clip, an average, accumulation or an injected value more or less.
+    state, in which no number becomes 0. So are counts and hyperparameters, by name. A new array is
+    that of ``like``, one that is gone is dropped; the logger ``lionax`` tells so in a line for each
+    field. So a run goes on with a group frozen, with a clip, an average, accumulation or an
+    injected value more or less.
+
+    A checkpoint that was restored without its structure, as dicts and lists, gets the structure of
+    ``like``, which is then of the definition that saved it, but for dtypes.
 
     Args:
       state: what was saved, of a lionax transformation, alone or inside of Optax's.
@@ -37,8 +45,9 @@ def cast_state(state: Any, like: Any, strict: bool = False) -> Any:
       ``like`` with the arrays of ``state``.
 
     Raises:
-      TypeError: for what is not a state of lionax.
-      ValueError: for an array of another shape; with ``strict`` for one that is new or gone.
+      TypeError: for what is not a state of lionax, or numbers that a slot cannot hold.
+      ValueError: for an array of another shape; with ``strict``, and without a structure, for one
+        that is new or gone.
 
     >>> import jax.numpy as jnp, lionax
     >>> params = jnp.array([1.0])
@@ -52,9 +61,13 @@ def cast_state(state: Any, like: Any, strict: bool = False) -> Any:
         if isinstance(tree, optax.GradientTransformation):
             raise TypeError(f"cast_state: {name} is a transformation; give its state: what was "
                             "saved, and tx.init(params)")
-        if not holds_state(tree) and jax.tree.leaves(tree):
-            raise TypeError(f"cast_state: {name} holds no state of lionax; for a run of Optax, see "
-                            "lionax.compat.from_optax")
+        is_known = holds_state(tree) or (name == "state" and _is_plain(tree))
+        if not is_known and jax.tree.leaves(tree):
+            raise TypeError(f"cast_state: {name} holds no state of lionax; give what was saved, "
+                            "and tx.init(params) of the definition that saved it; for a run of "
+                            "Optax, see lionax.compat.from_optax")
+    if not holds_state(state) and jax.tree.leaves(state):
+        return own_buffers(_structured(state, like, ()))
     old, new = contents(state), contents(like)
     scopes = _matching_scopes(old, new)
     taken, used, gone = {}, set(), old
@@ -77,8 +90,9 @@ def cast_state(state: Any, like: Any, strict: bool = False) -> Any:
             if strict:
                 raise ValueError(f"{line}; strict=True accepts a change of dtypes only")
             _logger.warning(line)
-    return jax.tree.unflatten(jax.tree.structure(like, is_leaf=is_quantized),
-                              [taken.get(i, array.leaf) for i, array in enumerate(new)])
+    return own_buffers(jax.tree.unflatten(
+        jax.tree.structure(like, is_leaf=is_quantized),
+        [taken.get(i, array.leaf) for i, array in enumerate(new)]))
 
 
 def _key(array: HeldArray, scope: Where | None) -> Any:
@@ -119,8 +133,72 @@ def _in_place_of(old: HeldArray, new: HeldArray) -> Any:
     if _shape(old.leaf) != _shape(new.leaf):
         raise ValueError(f"cast_state: {'.'.join(new.slot[:2])} of {new.slot[2]!r} has shape "
                          f"{_shape(old.leaf)}, in `like` {_shape(new.leaf)}")
-    return storage.in_place_of(old.leaf, new.leaf)
+    try:
+        return storage.in_place_of(old.leaf, new.leaf)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"cast_state: {'.'.join(new.slot[:2])} of {new.slot[2]!r}: "
+                          f"{error}") from None
 
 
 def _shape(leaf: Any) -> tuple[int, ...]:
-    return leaf.shape if is_quantized(leaf) else jnp.shape(leaf)
+    return leaf.shape if is_quantized(leaf) else np.shape(leaf)
+
+
+def _is_plain(tree: Any) -> bool:
+    """Whether a tree is one of dicts and lists, as a checkpoint is without its structure."""
+    if isinstance(tree, Mapping):
+        return all(map(_is_plain, tree.values()))
+    if isinstance(tree, list | tuple):
+        return not hasattr(tree, "_fields") and all(map(_is_plain, tree))
+    return tree is None or jax.tree_util.all_leaves([tree])
+
+
+def _structured(saved: Any, like: Any, path: Where) -> Any:
+    """The arrays of a tree of dicts and lists in the structure of ``like``.
+
+    A field or a key is a key there, a position a position or a key. What holds no array may lack.
+    """
+    if jax.tree_util.all_leaves([like]) or (is_quantized(like) and not isinstance(saved, Mapping)):
+        return _structured_leaf(saved, like, path)
+    if isinstance(saved, list | tuple):
+        saved = dict(enumerate(saved))
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(like, is_leaf=lambda x: x is not like)
+    names = [jax.tree_util.keystr(keys, simple=True) for keys, _ in pairs]
+    if names == ["value"] and hasattr(saved, "dtype"):  # a variable of Flax NNX, as a pure dict
+        saved = {"value": saved}
+    if not isinstance(saved, Mapping | None):
+        _refuse(saved, like, path)
+    given = {str(key): node for key, node in (saved or {}).items()}
+    for name in given:
+        if name not in names and jax.tree.leaves(given[name]):
+            _refuse(given[name], None, (*path, name))
+    return treedef.unflatten(_structured(given.get(name), child, (*path, name))
+                             if jax.tree.leaves((given.get(name), child)) else child
+                             for name, (_, child) in zip(names, pairs, strict=True))
+
+
+def _structured_leaf(saved: Any, like: Any, path: Where) -> Any:
+    """A number, a list of numbers or an array in place of an array."""
+    is_bool = not is_quantized(like) and jnp.issubdtype(jnp.result_type(like), jnp.bool_)
+    with contextlib.suppress(TypeError, ValueError):  # a ragged list, or what cannot be held
+        array = saved if hasattr(saved, "dtype") else np.asarray(saved)
+        if array.shape == _shape(like) and jnp.issubdtype(array.dtype, jnp.bool_) == is_bool:
+            return storage.in_place_of(array, like)
+    _refuse(saved, like, path)
+
+
+def _refuse(saved: Any, like: Any, path: Where) -> NoReturn:
+    raise ValueError(f"cast_state: at {'/'.join(path)!r} the state, restored without its "
+                     f"structure, has {_described(saved)}, `like` has {_described(like)}; give "
+                     "tx.init(params) of the definition that saved it. Cast the result again to go "
+                     "on under another")
+
+
+def _described(node: Any) -> str:
+    if node is None:
+        return "nothing"
+    if hasattr(node, "dtype"):
+        return f"{node.dtype} of shape {node.shape}"
+    if isinstance(node, Mapping):
+        return f"a {type(node).__name__} with the keys {list(node)}"
+    return f"a value of type {type(node).__name__}"

@@ -1,6 +1,6 @@
 """The one table of transformations and trees that every contract test runs over.
 
-A public transformation that is missing from `CASES` fails `test_house.py`.
+A public transformation that is missing from `CASES` and `IN_SHARD_MAP` fails `test_house.py`.
 """
 
 import dataclasses
@@ -153,10 +153,14 @@ CASES: dict[str, Case] = {
     "master_weights": Case("master_weights", lambda: lionax.master_weights(lionax.lion(0.1))),
     "master_weights_int8": Case("master_weights", lambda: lionax.chain(
         lionax.clip_by_global_norm(1.0), lionax.master_weights(lionax.lamb(0.1), "int8"))),
+    "sharded": Case("sharded", lambda: lionax.sharded(lionax.lamb(0.1), jax.P())),
     "unscale": Case("unscale", lambda: lionax.unscale(128.0)),
     "identity": Case("identity", lionax.identity, optax.identity),
     "set_to_zero": Case("set_to_zero", lionax.set_to_zero, optax.set_to_zero),
 }
+
+# They need the axis of a `shard_map`: a test file of their own runs them.
+IN_SHARD_MAP = {"majority_vote_lion"}
 
 
 def _is_large(updates: Any, params: Any) -> Any:
@@ -224,8 +228,11 @@ def gradients(params: Any, step: int) -> Any:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def assert_close(actual: Any, expected: Any, rtol: float = 1e-6, of: Any = None) -> None:
-    """Trees of one structure, equal to ``rtol`` of a leaf's greatest element, or ``of`` its."""
+def assert_close(actual: Any, expected: Any, rtol: float = 1e-6, of: Any = None) -> float:
+    """Trees of one structure, equal to ``rtol`` of a leaf's greatest element, or ``of`` its.
+
+    Returns the largest difference in these terms.
+    """
     chex.assert_trees_all_equal_structs(actual, expected)
     chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
 
@@ -234,8 +241,15 @@ def assert_close(actual: Any, expected: Any, rtol: float = 1e-6, of: Any = None)
         return np.asarray(leaf, np.float64) / (largest if np.isfinite(largest) and largest else 1.0)
 
     scales = expected if of is None else of
-    chex.assert_trees_all_close(jax.tree.map(scaled, actual, scales),
-                                jax.tree.map(scaled, expected, scales), rtol=0, atol=rtol)
+    actual, expected = jax.tree.map(scaled, actual, scales), jax.tree.map(scaled, expected, scales)
+    chex.assert_trees_all_close(actual, expected, rtol=0, atol=rtol)
+    return max(map(largest_error, jax.tree.leaves(actual), jax.tree.leaves(expected)), default=0.0)
+
+
+def largest_error(actual: Any, expected: Any, scale: Any = 1.0) -> float:
+    """The largest difference of two arrays, but for NaN in both, as a share of a scale."""
+    difference = np.nan_to_num(np.abs(np.asarray(actual, np.float64) - expected), nan=0.0)
+    return float(np.max(difference, initial=0.0) / (scale or 1.0))
 
 
 def assert_equal(actual: Any, expected: Any) -> None:

@@ -13,27 +13,6 @@ from benchmarks.peers import optax_step
 PARAMS = {"w": jnp.array([1.0, 2.0]), "b": jnp.array([0.5])}
 
 
-def counting(calls):
-    """An Optax transformation that tells each execution."""
-
-    def update(updates, state, params=None):
-        jax.debug.callback(lambda: calls.append(1))
-        return updates, state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-
-
-def test_the_inner_step_runs_once_in_a_window():
-    calls = []
-    tx = lionax.accumulate(lionax.chain(counting(calls), lionax.lion(0.1)), 8)
-    step, carry = jax.jit(tx.step), (PARAMS, tx.init(PARAMS))
-    for _ in range(24):
-        carry = jax.block_until_ready(step(*carry, PARAMS))
-    jax.effects_barrier()
-    assert len(calls) == 3
-    assert int(carry[1].rules.inner.count) == 3
-
-
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_mean_is_that_of_float32(dtype):
     params = jnp.zeros(64, dtype)
@@ -118,6 +97,7 @@ def test_a_none_adds_nothing_to_its_sum():
         assert updates["b"].tolist() == [-0.25]
 
 
+@pytest.mark.slow
 def test_learning_rates_inside_are_assignable_and_extra_arguments_pass():
     tx = lionax.accumulate(lionax.chain(lionax.sgd(0.5), optax.contrib.reduce_on_plateau()), 1)
     state = lionax.set_hyperparams(tx.init(PARAMS), learning_rate=0.25)

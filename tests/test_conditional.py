@@ -66,17 +66,6 @@ def test_scaled_gradients_give_the_step_of_true_ones():
         np.testing.assert_allclose(params["w"], PARAMS["w"] - 1e8 * true["w"], atol=2e-3)
 
 
-@pytest.mark.slow
-def test_devices_decide_alike():
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    spec = jax.sharding.PartitionSpec("x")
-    tx = lionax.skip_nonfinite(lionax.sgd(1.0), 3)
-    update = jax.shard_map(lambda g: tx.update(g, tx.init(g))[0], mesh=mesh, in_specs=spec,
-                           out_specs=spec)
-    assert update(jnp.ones(8).at[3].set(jnp.inf)).tolist() == [0.0] * 8
-    assert update(jnp.ones(8)).tolist() == [-1.0] * 8
-
-
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: lionax.unscale(0.0), "unscale: factor=0"),
     (lambda: lionax.skip_nonfinite(lionax.lion(0.1), 0), "skip_nonfinite: max_consecutive=0"),
@@ -148,6 +137,7 @@ def test_a_large_window_with_slots_of_any_dtype(kind):
     assert int(state.rules.live) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [3, 1 << 14])
 def test_complex_windows(size):
     tx, params = lionax.accumulate(optax.sgd(0.5), 2), jnp.full(size, 1.0 + 2.0j)

@@ -1,6 +1,13 @@
-"""Transformations as JSON, and back."""
+"""Transformations as JSON, and back.
 
+``PYTHONPATH=. python tests/test_config.py`` stores the configs of a new version, which later
+versions must load. Those of a released version are never written again.
+"""
+
+import contextlib
 import json
+import pathlib
+import re
 
 import cases
 import hypothesis.strategies as st
@@ -20,6 +27,7 @@ MORE = {
     "tree_mask": lionax.lamb(1e-3, mask={"w": True, "b": {"c": False}}, trust_mask=True),
     "labels": lionax.partition({"a": lionax.sgd(0.1), "b": lionax.set_to_zero()}, LABELS),
     "injected": lionax.sgd(lionax.inject(0.1), momentum=lionax.inject(0.9)),
+    "majority_vote": lionax.majority_vote_lion(1e-3, axis_name=("data", "model")),
     "infinite": lionax.clip(float("inf")),
     "keras2": keras2.Lion(keras_schedules.PiecewiseConstantDecay([5], [0.1, 0.01]),
                           weight_decay=0.1, use_ema=True,
@@ -154,3 +162,39 @@ def test_an_edited_config_does_not_print_as_the_call_that_it_was():
     assert lionax.from_config({"type": "Clip", "max_delta": 2.0}) == edited
     for call in ("x", [], ["x"], [1, 2], {"a": 1}, None):
         assert lionax.from_config({**config, "call": call}) == lionax.clip(1.0)
+
+
+# Configs of earlier versions
+
+FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+STORED = sorted(path.parent.name for path in FIXTURES.glob("*/configs.json"))
+
+
+def to_store():
+    """The config of each case that has one, without the addresses in its ``call``."""
+    for name, case in cases.CASES.items():
+        with contextlib.suppress(TypeError):
+            text = json.dumps(lionax.to_config(case.make()), allow_nan=False)
+            yield name, re.sub(" at 0x[0-9a-f]+", "", text)
+
+
+@pytest.mark.promise("Versions", "What an earlier version wrote as a config loads, equal, and is "
+                     "written again as it was.")
+@pytest.mark.parametrize("version", STORED)
+def test_what_an_earlier_version_wrote_loads(version, figure):
+    stored = json.loads((FIXTURES / version / "configs.json").read_text())
+    for name, config in stored.items():
+        tx = lionax.from_config(config)
+        assert tx == cases.CASES[name].make(), name
+        assert lionax.to_config(tx) == config, name
+    figure("configs", len(stored))
+    assert len(stored) >= 40
+
+
+def test_this_version_has_stored_configs():
+    assert lionax.__version__ in STORED
+
+
+if __name__ == "__main__":
+    lines = ",\n".join(f"{json.dumps(name)}: {config}" for name, config in to_store())
+    (FIXTURES / lionax.__version__ / "configs.json").write_text(f"{{\n{lines}\n}}\n")

@@ -14,8 +14,7 @@ import pytest
 import lionax
 from lionax.transforms.measuring import MonitorState
 
-EVERY_CASE = pytest.mark.parametrize("case", cases.grouped(cases.CASES))
-EVERY_FOURTH_CASE = pytest.mark.parametrize("case", cases.grouped(cases.CASES, 4))
+EVERY_SIXTH_CASE = pytest.mark.parametrize("case", cases.grouped(cases.CASES, 6))
 CONDITIONALS = ("accumulate", "skip_nonfinite", "skip_if", "dynamic_loss_scale", "monitor",
                 "monitor_conditional")
 
@@ -40,7 +39,7 @@ def structure(state):
         jax.eval_shape(lambda: state))
 
 
-@EVERY_CASE
+@pytest.mark.parametrize("case", cases.grouped(cases.CASES)[::3])  # test_sweep.py has the others
 @over(*cases.TREES, slow=("array", "zero_size", "float16"))
 def test_state_and_params_keep_their_form_and_the_update_has_the_gradients(case, tree):
     tx, params, state, _ = cases.prepared(case, tree)
@@ -53,18 +52,8 @@ def test_state_and_params_keep_their_form_and_the_update_has_the_gradients(case,
     assert structure(stepped) == structure(state)
 
 
-@pytest.mark.parametrize("case", cases.grouped(cases.CASES, 6))
-@over("nested", "none_leaves", "empty", "mixed", slow=("none_leaves", "empty", "mixed"))
-def test_steps_run_in_scan(case, tree):
-    run = cases.prepared(case, tree)
-    grads = [cases.gradients(run.params, t) for t in range(4)]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *grads)
-    scanned, _ = jax.lax.scan(lambda carry, g: (run.tx.step(*carry, g), None), run[1:3], stacked,
-                              length=4)
-    cases.assert_close(scanned, run.run(4), rtol=2e-2 if tree == "mixed" else 1e-5)
-
-
-@EVERY_FOURTH_CASE
+@pytest.mark.one_in(3)
+@EVERY_SIXTH_CASE
 @over(*cases.FLOAT32, slow=set(cases.FLOAT32) - {"nested"})
 def test_step_is_update_and_apply_updates(case, tree):
     """Bit for bit in one compiled program, but to 1e-6 for conditionals."""
@@ -85,17 +74,8 @@ def test_step_is_update_and_apply_updates(case, tree):
         cases.assert_equal(a, b)
 
 
-@EVERY_FOURTH_CASE
-def test_jit_is_eager(case):
-    run = cases.prepared(case, "nested")
-    eager = run[1:3]
-    for t in range(4):
-        eager = run.tx.step(*eager, cases.gradients(run.params, t))
-    # One step agrees to 1e-6; what four add up may pass it.
-    cases.assert_close(run.run(4), eager, rtol=4e-6)
-
-
-@EVERY_FOURTH_CASE
+@pytest.mark.one_in(2)
+@EVERY_SIXTH_CASE
 @over("nested", "bfloat16", slow=("bfloat16",))
 def test_donated_steps_give_equal_bits_with_and_without_the_compiler_options(case, tree):
     run = cases.prepared(case, tree)
@@ -114,14 +94,14 @@ def test_donated_steps_give_equal_bits_with_and_without_the_compiler_options(cas
     cases.assert_equal(*results)
 
 
-@EVERY_CASE
+@EVERY_SIXTH_CASE
 def test_no_two_leaves_of_a_first_state_share_a_buffer(case):
     """A buffer cannot be donated twice."""
     leaves = jax.tree.leaves(cases.prepared(case, "nested").state)
     assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
 
 
-@EVERY_CASE
+@EVERY_SIXTH_CASE
 def test_equal_definitions_are_equal_objects(case):
     one, two = cases.CASES[case].make(), cases.CASES[case].make()
     if case == "chain_foreign":  # two functions made by two calls of Optax differ
@@ -152,7 +132,7 @@ def test_pickles(case):
     "case", [name for name in cases.CASES if "<function" not in repr(cases.CASES[name].make())])
 def test_repr_is_the_call(case):
     tx = cases.CASES[case].make()
-    assert eval(repr(tx), vars(lionax).copy()) == tx
+    assert eval(repr(tx), {**vars(lionax), "P": jax.P}) == tx
 
 
 def test_repr_leaves_defaults_out():
@@ -164,7 +144,7 @@ def test_repr_leaves_defaults_out():
         "chain(clip(max_delta=1.0), lion(learning_rate=inject(0.001)))")
 
 
-@EVERY_CASE
+@EVERY_SIXTH_CASE
 def test_equal_static_arguments_share_a_trace(case):
     if case == "chain_foreign":
         pytest.skip("Optax's own functions compare by identity")
@@ -179,7 +159,7 @@ def test_equal_static_arguments_share_a_trace(case):
         jax.eval_shape(functools.partial(step, tx), params, tx.init(params), params)
 
 
-@EVERY_CASE
+@EVERY_SIXTH_CASE
 def test_a_gradient_of_none_keeps_the_slots(case):
     if case == "chain_foreign":
         pytest.skip("Optax's trace drops the state of a None")
@@ -197,7 +177,7 @@ def test_a_gradient_of_none_keeps_the_slots(case):
     chex.assert_trees_all_equal(*slots)
 
 
-@EVERY_CASE
+@EVERY_SIXTH_CASE
 def test_other_placeholders_pass_through(case):
     tx = cases.CASES[case].make()
     params = {"a": jnp.ones((4, 3)), "b": optax.MaskedNode(), "c": None}
@@ -209,7 +189,7 @@ def test_other_placeholders_pass_through(case):
     assert structure(new) == structure(state)
 
 
-@EVERY_CASE
+@EVERY_SIXTH_CASE
 def test_permuting_leaves_permutes_results(case):
     if case == "lamb_trust_mask":
         pytest.skip("random bits are by the number of the leaf")
@@ -231,14 +211,14 @@ def test_permuting_leaves_permutes_results(case):
                        rtol=1e-6 if "chain" in case or "global" in case else 0)
 
 
-@EVERY_CASE
+@EVERY_SIXTH_CASE
 def test_zero_gradients_on_zero_parameters_stay_zero(case):
     tx, params = cases.CASES[case].make(), {"w": jnp.zeros((4, 3))}
     new, _ = tx.step(params, tx.init(params), params)
     np.testing.assert_array_equal(new["w"], 0)
 
 
-@EVERY_CASE
+@EVERY_SIXTH_CASE
 def test_scalars_never_change_a_dtype(case):
     dtypes = {"half": jnp.float16, "brain": jnp.bfloat16, "single": jnp.float32}
     params = {name: jnp.ones((4, 3), dtype) for name, dtype in dtypes.items()}
@@ -246,23 +226,6 @@ def test_scalars_never_change_a_dtype(case):
     updates, _ = jax.eval_shape(tx.update, params, tx.init(params), params)
     assert {name: leaf.dtype for name, leaf in updates.items()
             } == {name: leaf.dtype for name, leaf in params.items()}
-
-
-@EVERY_FOURTH_CASE
-def test_float64(case):
-    if case == "chain_foreign":
-        pytest.skip("Optax's own rule decides")
-    with jax.enable_x64(True):
-        params = {"w": jnp.linspace(0.1, 1.0, 6, dtype=jnp.float64).reshape(3, 2)}
-        tx = cases.CASES[case].make()
-        state = tx.init(params)
-        update = jax.jit(tx.update)
-        updates, new = update(jax.tree.map(lambda p: p / 3, params), state, params)
-        assert updates["w"].dtype == jnp.float64
-        assert structure(new) == structure(state)
-        single = params["w"].astype(jnp.float32)
-        rounded, _ = update({"w": (params["w"] / 3).astype(jnp.float32)}, state, {"w": single})
-        np.testing.assert_allclose(updates["w"], rounded["w"], rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ TXS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases.but_for_fast(TXS, "lion"))
 def test_a_step_of_a_whole_module_is_that_of_its_trained_part(name):
     tx, model = TXS[name](), Net()
@@ -104,6 +105,7 @@ def test_frozen_leaves_have_no_state():
         "0/weight", "1/weight", "1/bias")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases.but_for_fast(
     [name for name in TXS if name != "optax"], "lion"))
 def test_a_buffer_without_a_gradient_never_changes(name):

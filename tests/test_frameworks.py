@@ -11,7 +11,8 @@ import optax
 import pytest
 
 import lionax
-from lionax.frameworks.contract import as_lionax, own_buffers
+from lionax.core.placement import own_buffers
+from lionax.frameworks.contract import as_lionax
 
 FOLDER = pathlib.Path(lionax.__file__).parent / "frameworks"
 

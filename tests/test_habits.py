@@ -194,6 +194,7 @@ def test_arithmetic_on_states_and_steps_inside_of_cond(case):
     chex.assert_trees_all_equal_shapes_and_dtypes(look_state, look.init(pair))
 
 
+@pytest.mark.slow
 def test_leaves_on_devices_of_their_own():
     one, two = jax.devices()[:2]
     params = {"w": jax.device_put(PARAMS["w"], one), "b": jax.device_put(PARAMS["b"], two)}
@@ -235,6 +236,7 @@ def test_an_extra_argument_like_the_parameters_is_masked_as_the_updates_are():
     assert seen[0][1] == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [lambda m: functools.partial(m.adam, 0.01),
                                   lambda m: functools.partial(m.adamw, 0.01, weight_decay=0.1)])
 def test_adam_is_optax_with_low_precision_moments(make):
@@ -290,6 +292,7 @@ def test_an_average_that_warms_up():
         lionax.params_ema(lambda step: 0.9, debias=True)
 
 
+@pytest.mark.slow
 def test_trust_ratios_are_bounded_and_taken_by_layer():
     params, update = jnp.full((2, 3, 4), 5.0), jnp.ones((2, 3, 4))
     params = params.at[1].mul(2.0)

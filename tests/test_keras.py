@@ -107,12 +107,11 @@ def assert_close(actual, expected, name, where):
                                    err_msg=f"{path} {where}")
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("rate", [pytest.param(0.02, marks=pytest.mark.slow), SCHEDULE],
                          ids=["number", "schedule"])
-@pytest.mark.parametrize("run", [
-    pytest.param(run, marks=() if run == "all_at_once" else pytest.mark.slow)
-    for run in RUNS
-])
+@pytest.mark.slow
+@pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("name", cases.but_for_fast(OPTIMIZERS, "Lion"))
 def test_side_by_side_and_switched(name, run, rate):
     """The run beside Keras; one that comes from Keras at step 10 and goes back at step 18."""
@@ -194,7 +193,9 @@ SCHEDULES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "arguments"), SCHEDULES)
+@pytest.mark.parametrize(("name", "arguments"), [
+    pytest.param(*each, marks=[pytest.mark.slow] * (i % 3 != 1))
+    for i, each in enumerate(SCHEDULES)])
 def test_schedules(name, arguments):
     theirs, own = getattr(keras.optimizers.schedules,
                           name)(**arguments), getattr(keras_schedules, name)(**arguments)

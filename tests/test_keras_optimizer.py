@@ -87,6 +87,7 @@ def test_fit_is_step_on_arrays(name, run_eagerly):
     assert int(model.optimizer.iterations) == 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [
     {"weight_decay": 0.1, "gradient_accumulation_steps": 2}, *(
         pytest.param(each, marks=pytest.mark.slow) for each in (
@@ -110,6 +111,7 @@ def test_the_average_of_keras_lion():
     cases.assert_close(lionax.averaged_params(ours.optimizer.state), weights(theirs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases.but_for_fast(
     ["lion", "accumulated", "lamb", "bfloat16", "groups"], "lion"))
 def test_a_saved_model_goes_on_as_if_uninterrupted(name, tmp_path):
@@ -156,6 +158,7 @@ class Callback(keras.callbacks.Callback):
         self.function(self.model, batch)
 
 
+@pytest.mark.slow
 def test_reduce_on_plateau_and_a_scheduler():
     model = compiled(Optimizer(lionax.lion(1e-2)))
     plateau = keras.callbacks.ReduceLROnPlateau("loss", factor=0.5, patience=1, min_delta=10.0)
@@ -219,6 +222,7 @@ def test_layers_frozen_after_compile_stay_bit_for_bit(run_eagerly):
     assert not np.array_equal(weights(model)["hidden/kernel"], after["hidden/kernel"])
 
 
+@pytest.mark.slow
 def test_momenta_are_those_of_their_weights_where_loading_gives_other_paths(tmp_path):
     first = keras.layers.Dense(3, name="embed")
     first.build((None, 3))  # its path lacks the model's name until it is loaded
@@ -244,6 +248,7 @@ def test_a_model_saved_before_training_loads(tmp_path):
     assert int(loaded.optimizer.state.count) == 20
 
 
+@pytest.mark.slow
 def test_after_an_exception_in_a_callback_training_goes_on(tmp_path):
     model = compiled(Optimizer(lionax.lion(1e-2)))
 
@@ -262,6 +267,7 @@ def test_after_an_exception_in_a_callback_training_goes_on(tmp_path):
     assert int(keras.saving.load_model(tmp_path / "model.keras").optimizer.iterations) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", cases.but_for_fast(
     ["mixed_float16", "mixed_bfloat16", "bfloat16"], "mixed_float16"))
 def test_mixed_precision(policy, tmp_path):
@@ -284,6 +290,7 @@ def test_mixed_precision(policy, tmp_path):
     cases.assert_equal(weights(loaded), weights(model))
 
 
+@pytest.mark.slow
 def test_a_loss_scale_changes_nothing_and_an_infinite_gradient_no_weight():
     plain = compiled(Optimizer(lionax.sgd(1e-2)))
     scaled = compiled(Optimizer(lionax.sgd(1e-2), loss_scale_factor=64.0))

@@ -38,6 +38,7 @@ def run(tx, params, grads):
     return params
 
 
+@pytest.mark.slow
 @given(PARTS, PARTS, PARTS, ARRAYS, ARRAYS)
 def test_chain_is_associative_and_identity_is_neutral(a, b, c, p, g):
     left, right = lionax.chain(lionax.chain(a, b), c), lionax.chain(a, lionax.chain(b, c))
@@ -104,6 +105,7 @@ def test_a_clipped_norm_is_at_most_the_limit(g, limit):
             np.testing.assert_array_equal(clipped, g)
 
 
+@pytest.mark.slow
 @given(PARTS, ARRAYS, ARRAYS)
 def test_jit_is_eager(tx, p, g):
     p, g = jnp.asarray(p), jnp.asarray(g)

@@ -65,6 +65,7 @@ def test_a_donated_update_is_a_step(name):
     assert int(state.step) == 3
 
 
+@pytest.mark.slow
 def test_a_donated_update_holds_no_temporary():
     params = {name: jnp.ones((512, 512)) for name in "abcd"}
 

@@ -171,25 +171,6 @@ def test_a_mask_from_the_gradients_or_parameters_is_the_same():
     assert seen[-1] == 7.0
 
 
-def test_callable_modules_are_masks_and_never_called():
-    class Gate(eqx.Module):
-        weight: object
-        bias: object
-
-        def __call__(self, tree):
-            raise AssertionError("a mask or parameter tree was called")
-
-    params = Gate(jnp.ones(2), jnp.ones(2))
-    tx = lionax.masked(lionax.set_to_zero(), Gate(True, False))
-    updates, _ = tx.update(params, tx.init(params), params)
-    assert float(updates.weight.sum()) == 0.0
-    assert float(updates.bias.sum()) == 2.0
-    split = lionax.partition({"a": lionax.sgd(1.0), "b": lionax.set_to_zero()}, Gate("a", "b"))
-    new, _ = split.step(params, split.init(params), params)
-    assert new.weight.tolist() == [0.0, 0.0]
-    assert new.bias.tolist() == [1.0, 1.0]
-
-
 @pytest.mark.parametrize(("mask", "error", "message"), [
     ("bias", TypeError, r"masked: mask must be a tree of bool.*lionax\.matching.* to choose leaves "
                         r"by path; .*'bias'"),

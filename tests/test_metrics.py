@@ -41,6 +41,8 @@ def test_norms_are_those_of_the_gradients_the_update_and_the_parameters(jitted):
     assert found["learning_rate"] == pytest.approx(0.1)
 
 
+@pytest.mark.one_in(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "every"), cases.but_for_fast(list(itertools.product(
     ("lion", "lamb", "chain", "partition", "masked", "adamw_schedule", "accumulate",
      "skip_nonfinite", "dynamic_loss_scale"), (1, 3))), ("lion", 1)))
@@ -64,6 +66,7 @@ def test_what_a_clip_did():
     assert found["clipped"] == pytest.approx(np.mean(np.abs(values) > 0.5))
 
 
+@pytest.mark.slow
 def test_a_clip_of_a_zero_gradient_and_of_nan():
     tx = lionax.monitor(lionax.chain(lionax.clip(1.0), lionax.sgd(0.1)))
     params = {"w": jnp.ones(3), "b": jnp.ones(1)}
@@ -74,6 +77,7 @@ def test_a_clip_of_a_zero_gradient_and_of_nan():
     assert float(lionax.metrics(state)["clipped"]) == 0.0
 
 
+@pytest.mark.slow
 def test_zeros_make_no_nan():
     params = jax.tree.map(jnp.zeros_like, PARAMS)
     tx = lionax.monitor(lionax.chain(lionax.clip(1.0), lionax.lamb(0.1)), groups={"bias": "b"})
@@ -93,6 +97,7 @@ def test_what_was_not_measured_yet_is_nan():
     assert np.isnan(float(lionax.metrics(moved)["gradient_norm"]))
 
 
+@pytest.mark.slow
 def test_trust_ratios_are_those_of_the_leaves():
     params, tx = {"a": jnp.full(4, 3.0), "b": jnp.full(1, 8.0), "c": jnp.ones(9)}, lionax.monitor(
         lionax.chain(lionax.scale_by_trust_ratio(), lionax.scale_by_learning_rate(0.1)))
@@ -113,6 +118,7 @@ def test_signs_that_changed_since_the_last_step():
     assert changes == [0.0, 0.25, 0.5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jitted", cases.but_for_fast([True, False], False))
 def test_every_third_step_compares_with_the_step_before_it(jitted):
     rare, often = (lionax.monitor(lionax.lion(0.1), every=n) for n in (3, 1))
@@ -198,6 +204,7 @@ def test_a_mask_that_is_a_function_and_bfloat16_gradients():
     assert float(lionax.metrics(state)["gradient_norm"]) == pytest.approx(norm(half), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_on_a_mesh_the_numbers_are_those_of_one_device():
     params = {"a": cases.normal(16, 8), "b": cases.normal(8)}
     grads = [cases.gradients(params, t) for t in range(2)]
@@ -220,6 +227,7 @@ def test_on_a_mesh_the_numbers_are_those_of_one_device():
             assert float(other[name]) == pytest.approx(float(value), rel=1e-5), name
 
 
+@pytest.mark.slow
 def test_measuring_rarely_is_a_branch():
     tx = lionax.monitor(lionax.lion(0.1), every=10)
     state = tx.init(PARAMS)

@@ -199,6 +199,7 @@ def test_a_shared_weight_has_one_slot_and_one_step():
     cases.assert_close(params_of(model), tx.step(before, tx.init(before), grads)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("graph" not in inspect.signature(nnx.Optimizer.__init__).parameters,
                     reason="this Flax has graphs only")
 def test_without_a_graph_a_gradient_is_a_module():
@@ -220,6 +221,7 @@ class Adapted(nnx.Module):
         return self.dense(x)
 
 
+@pytest.mark.slow
 def test_adapters_alone_have_state_and_move():
     model = Adapted(nnx.Rngs(0))
     optimizer = Optimizer(model, lionax.lion(0.01, weight_decay=0.1), wrt=nnx.LoRAParam)
@@ -233,6 +235,7 @@ def test_adapters_alone_have_state_and_move():
         optimizer.update(model, gradients(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tx", [lionax.lion(0.01), lionax.sgd(0.1)], ids=["lion", "sgd"])
 def test_other_parameters_are_refused_by_path(tx):
     model = Net(nnx.Rngs(0))

@@ -32,21 +32,23 @@ def trajectories(case, tree, compiled):
         yield carries[0][0], carries[1][0]
 
 
+@pytest.mark.one_in(3)
+@pytest.mark.promise("Exact", "The trajectories in float32 are those of Optax's optimizers")
 @pytest.mark.parametrize("case", cases.grouped(
-    [case for case in PEERS if case not in LOW_STATE], 4))
+    [case for case in PEERS if case not in LOW_STATE], 8))
 @pytest.mark.parametrize(
     ("tree", "compiled"),
     [("nested", True), *(pytest.param(*each, marks=pytest.mark.slow) for each in (
         ("array", True), ("scalar", True), ("zero_size", True), ("empty", True),
         ("nested", False), ("scalar", False)))])
-def test_float32_trajectory(case, tree, compiled):
+def test_float32_trajectory(case, tree, compiled, figure):
     largest = None  # so far: a sum that cancels keeps the rounding of its terms
     for ours, theirs in trajectories(case, tree, compiled):
         largest = jax.tree.map(lambda a, b: jnp.maximum(jnp.abs(a), jnp.abs(b)), theirs,
                                theirs if largest is None else largest)
         # Outside of jit Optax rounds each product, lionax what a compiled stage leaves of them.
-        cases.assert_close(ours, theirs, max(cases.CASES[case].rtol, 0 if compiled else 1e-6),
-                           largest)
+        figure("largest error", cases.assert_close(
+            ours, theirs, max(cases.CASES[case].rtol, 0 if compiled else 1e-6), largest))
 
 
 EXACT = {
@@ -54,6 +56,7 @@ EXACT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", cases.grouped(["lion_decay", "lamb", "sgd_momentum", "chain", *LOW_STATE], 2))
 def test_low_precision_is_nearer_to_the_float64_result_than_optax(case):
@@ -82,6 +85,7 @@ def normal_like(leaf, step):
     return cases.normal(*leaf.shape, seed=step + 1, dtype=leaf.dtype)
 
 
+@pytest.mark.slow
 def test_float64_trajectory_of_lamb():
     with jax.enable_x64(True):
         params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)))}
@@ -129,6 +133,7 @@ def test_multi_steps():
     cases.assert_close(ours, peer, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_masked_apply_if_finite_and_flatten():
     for wrap in (lambda tx: optax.masked(tx, {"w": True, "b": False}),
                  lambda tx: optax.apply_if_finite(tx, 3), optax.flatten):

@@ -8,7 +8,6 @@ import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -342,7 +341,7 @@ def test_replicas_stay_equal_bit_for_bit_inside_of_shard_map():
 
 @pytest.mark.parametrize(("rounding", "error"), [
     ("nearest", contextlib.nullcontext()),
-    ("stochastic", pytest.raises(ValueError, match="check_vma=True, or store with Storage"))])
+    ("stochastic", pytest.raises(ValueError, match="say it with lionax"))])
 def test_without_the_check_of_what_varies_it_is_refused(rounding, error):
     tx = lionax.scale_by_lion(mu_dtype=lionax.Storage("bfloat16", rounding=rounding))
     state = tx.init(jnp.zeros((16, 32)))
@@ -380,21 +379,3 @@ def test_a_compiled_step_rounds_as_an_eager_one():
     tx = lionax.lion(0.1, mu_dtype="bfloat16")
     state = tx.init(params)
     cases.assert_equal(jax.jit(tx.step)(params, state, grads)[1], tx.step(params, state, grads)[1])
-
-
-@pytest.mark.parametrize("b2", cases.but_for_fast([0.99, 0.999, 0.9999], 0.999))
-def test_a_momentum_reaches_a_constant_gradient_and_to_the_nearest_stalls(b2):
-    steps = round(7 / (1 - b2))
-
-    def mean(storage):
-        tx = lionax.scale_by_lion(b2=b2, mu_dtype=storage)
-        grads = jnp.full((512,), 0.1)
-
-        def one(_, state):
-            return tx.update(grads, state)[1]
-
-        state = jax.jit(lambda: jax.lax.fori_loop(0, steps, one, tx.init(grads)))()
-        return float(np.mean(np.asarray(optax.tree.get(state, "mu"), np.float64)))
-
-    assert abs(mean("bfloat16") / 0.1 - 1) < 0.02
-    assert mean(lionax.Storage("bfloat16", rounding="nearest")) < 0.08

@@ -126,6 +126,7 @@ def sharded(tx, kind, leaves=40, shape=(64, 32)):
     return program.as_text(), program.memory_analysis().temp_size_in_bytes / local
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", cases.but_for_fast(
     [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit], jax.sharding.AxisType.Auto))
 @pytest.mark.parametrize(("make", "reductions"), [

@@ -53,9 +53,11 @@ def recorded_weights(entry, trace, call):
 RECORDED = [name for name in REPLAYED if OURS[name].get("slots") and names_of(OURS[name])]
 
 
+@pytest.mark.one_in(4)
+@pytest.mark.promise("Exact", "A recorded run of Keras or TensorFlow goes on from its weights")
 @pytest.mark.parametrize("form", [
     "list", *(pytest.param(form, marks=pytest.mark.slow) for form in ("dict", "numbers"))])
-@pytest.mark.parametrize("name", grouped(RECORDED, 8))
+@pytest.mark.parametrize("name", grouped(RECORDED, 32))
 def test_a_recorded_run_goes_on(name, form):
     entry, order = OURS[name], list(SHAPES)
     with np.load(GOLDEN / entry["file"]) as recorded:

@@ -11,7 +11,7 @@ import numpy as np
 from lionax.compat import keras_schedules
 from lionax.compat.keras2 import momentum_sgd
 from lionax.compat.keras_parts import Keras3Arguments, constant
-from lionax.core.hyperparameters import Injected, Scalar
+from lionax.core.hyperparameters import Injected, Interval, Scalar, check_scalar
 from lionax.core.transformation import Transformation, constructor
 from lionax.transforms.adaptive import scale_by_adam, scale_by_trust_ratio
 from lionax.transforms.combining import chain, masked
@@ -137,6 +137,10 @@ class Shrunk:
 
     rate: Any
     weight_decay: float
+
+    def __post_init__(self):
+        decay = check_scalar(self.weight_decay, Interval(), "Shrunk", "weight_decay", dynamic=False)
+        object.__setattr__(self, "weight_decay", decay)
 
     def __call__(self, step: Any) -> Any:
         return 1.0 - jnp.asarray(

@@ -10,10 +10,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
+from lionax.core.counting import LARGEST_COUNT
 from lionax.core.hyperparameters import Injected, Scalar, check_count
-from lionax.core.masks import PathMask
+from lionax.core.internals import Tracer
+from lionax.core.masks import PathMask, check_regexes
 from lionax.core.rule import Applied, Step
 from lionax.core.transformation import Transformation
 from lionax.core.tree import Keys
@@ -37,8 +38,7 @@ class Decayed(PathMask):
     named: Literal["path", "path:0", "last"] = "path"  # what the reference calls a leaf
 
     def __post_init__(self):
-        for pattern in self.patterns:
-            re.compile(pattern)
+        check_regexes(self.patterns, "exclude_from_weight_decay")
 
     def _excludes(self, path: str) -> bool:
         name = {"path": path, "path:0": f"{path}:0", "last": path.rpartition("/")[2]}[self.named]
@@ -117,6 +117,9 @@ class FirstCopies:
     momentum: float
     calls: int  # in a step
 
+    def __post_init__(self):
+        check_count(self.calls, "FirstCopies", "calls")
+
     def __call__(self, call: Any) -> jax.Array:
         return jnp.where(call < self.calls, 0.0, self.momentum)
 
@@ -128,8 +131,15 @@ class EveryWindow:
     schedule: Any
     calls: int  # in a window
 
+    def __post_init__(self):
+        check_count(self.calls, "EveryWindow", "calls")
+        if not callable(self.schedule):
+            raise ValueError(f"EveryWindow: schedule={self.schedule!r} is not accepted; give a "
+                             "function of the number of calls")
+
     def __call__(self, step: Any) -> Any:
-        return self.schedule((step + 1) * self.calls - 1)
+        last = jnp.minimum(step, LARGEST_COUNT // self.calls - 1)  # of int32
+        return self.schedule((last + 1) * self.calls - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +147,10 @@ class KerasAverage(ParamsEma):
     """The average of Keras 3, which moves for parameters without a gradient, too."""
 
     calls: int = 1  # that ``overwrite_every`` counts as one step
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_count(self.calls, "KerasAverage", "calls")
 
     def apply(self, update: Any, slots: ParamsEmaState, param: Any, step: Step) -> Applied:
         step = dataclasses.replace(step, count=step.count // self.calls)

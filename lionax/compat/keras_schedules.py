@@ -10,6 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lionax.core.counting import LARGEST_COUNT
+from lionax.core.table import shown
+
 __all__ = [
     "CosineDecay", "ExponentialDecay", "InverseTimeDecay", "PiecewiseConstantDecay",
     "PolynomialDecay", "Schedule"
@@ -21,6 +24,12 @@ class Schedule:
     """What Keras's schedules share: they are called with the step, and compare by value."""
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, int) and abs(number) > LARGEST_COUNT:
+                    raise ValueError(f"{type(self).__name__}: {field.name}={shown(value)} is not "
+                                     "accepted; give numbers below 2^31, or floats")
         steps = getattr(self, "decay_steps", 1)
         if not steps > 0:
             raise ValueError(f"{type(self).__name__}: decay_steps={steps!r} is not accepted; give "
@@ -98,6 +107,7 @@ class PiecewiseConstantDecay(Schedule):
     def __post_init__(self):
         object.__setattr__(self, "boundaries", tuple(self.boundaries))
         object.__setattr__(self, "values", tuple(self.values))
+        super().__post_init__()
         if len(self.boundaries) != len(self.values) - 1:
             raise ValueError(f"PiecewiseConstantDecay: {len(self.boundaries)} boundaries and "
                              f"{len(self.values)} values are not accepted; give one value more "

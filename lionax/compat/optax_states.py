@@ -4,11 +4,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lionax.core import storage
+from lionax.core.hyperparameters import as_count
+from lionax.core.inspection import kind_of
 from lionax.core.quantized import is_quantized
 from lionax.core.state import State
+from lionax.core.table import shown
 from lionax.transforms.adaptive import ScaleByAdamState
 from lionax.transforms.momentum import TraceState
 from lionax.transforms.sign_momentum import ScaleByLionState
@@ -54,11 +58,12 @@ def from_optax(optax_state: Any, into: Any, *, count: Any = None) -> Any:
         raise TypeError(f"{owner}: into is a {type(into).__name__}, not a lionax State; give "
                         "tx.init(params)")
     counts = {
-        int(jnp.asarray(node.count))
+        as_count(node.count, owner, "count")
         for node in jax.tree.leaves(optax_state, is_leaf=_is_known)
         if isinstance(node, _COUNTERS)
     }
-    if len(counts) > 1 or (count is not None and counts - {int(count)}):
+    count = None if count is None else as_count(count, owner, "count")
+    if len(counts) > 1 or (count is not None and counts - {count}):
         raise ValueError(f"{owner}: the state counts {sorted(counts)} steps, count={count!r}; "
                          "these must be equal")
     rules = _filled(into.rules, _moments(optax_state, owner), owner)
@@ -91,6 +96,9 @@ def to_optax(state: State, into: Any) -> Any:
     owner = "compat.to_optax"
     if not isinstance(state, State):
         raise TypeError(f"{owner}: state is a {type(state).__name__}, not a lionax State")
+    if kind_of(state.count)[0] != "whole numbers":
+        raise ValueError(f"{owner}: the state counts {shown(state.count)} steps, which is no whole "
+                         "number of 32 bits")
 
     def count(node: Any) -> Any:
         if not isinstance(node, _COUNTERS):
@@ -113,7 +121,7 @@ def _moments(state: Any, owner: str) -> dict[str, Any]:
         kind = _KINDS.get(type(node))
         if kind in found or not _is_known(node):
             what = (f"two of {type(node).__name__}" if kind in found else
-                    f"an array of shape {jnp.shape(node)}")
+                    f"an array of shape {np.shape(node)}")
             raise ValueError(f"{owner}: the state holds {what} beside moments and counts; carry "
                              "over the parts of a wrapper one by one")
         if kind is not None:
@@ -130,9 +138,10 @@ def _filled(into: Any, moments: dict[str, Any], owner: str) -> Any:
                          "match")
 
     def one(path: Any, old: Any, new: Any) -> Any:
-        if old.shape != new.shape:
+        shapes = [node.shape if is_quantized(node) else np.shape(node) for node in (new, old)]
+        if shapes[0] != shapes[1]:
             raise ValueError(f"{owner}: the moment {jax.tree_util.keystr(path)} has shape "
-                             f"{new.shape}, that of into {old.shape}")
+                             f"{shapes[0]}, that of into {shapes[1]}")
         return storage.in_place_of(new, old)
 
     def fill(node: Any) -> Any:
@@ -145,7 +154,7 @@ def _filled(into: Any, moments: dict[str, Any], owner: str) -> Any:
             return node._replace(**{
                 field: jax.tree_util.tree_map_with_path(one, *pair, is_leaf=is_quantized)
                 for field, pair in trees.items()})
-        except ValueError as error:
-            raise ValueError(f"{owner}: {error}") from None
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{owner}: {error}") from None
 
     return jax.tree.map(fill, into, is_leaf=_is_known)

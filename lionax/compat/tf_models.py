@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from lionax.compat.keras_parts import Decayed, check_rate
-from lionax.core.hyperparameters import Scalar
+from lionax.core.hyperparameters import Interval, Scalar, check_scalar
 from lionax.core.rule import Applied, Step
+from lionax.core.table import shown
 from lionax.core.transformation import Transformation, constructor
 from lionax.transforms.adaptive import scale_by_adam, scale_by_trust_ratio
 from lionax.transforms.clipping import ClipByNorm, clip, clip_by_global_norm, clip_by_norm
@@ -26,6 +27,10 @@ class InverseTime:
 
     rate: Any
     decay: float
+
+    def __post_init__(self):
+        decay = check_scalar(self.decay, Interval(0.0), "InverseTime", "decay", dynamic=False)
+        object.__setattr__(self, "decay", decay)
 
     def __call__(self, step: Any) -> Any:
         rate = jnp.asarray(self.rate(step) if callable(self.rate) else self.rate, jnp.float32)
@@ -91,6 +96,9 @@ def LAMB(learning_rate: Scalar = 0.001, beta_1: float = 0.9, beta_2: float = 0.9
         raise ValueError(f"{owner}: clipnorm={clipnorm!r} and global_clipnorm={global_clipnorm!r} "
                          "exclude each other; give one of them")
     rate = check_rate(learning_rate if lr is None else lr, owner)
+    for excluded in (exclude_from_weight_decay, exclude_from_layer_adaptation):
+        if isinstance(excluded, str):
+            raise TypeError(f"{owner}: {shown(excluded)} is excluded; give a list of strings")
     undecayed = tuple(exclude_from_weight_decay or ())
     unadapted = tuple(exclude_from_layer_adaptation or undecayed)
     clips = [

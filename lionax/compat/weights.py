@@ -15,10 +15,11 @@ import numpy as np
 
 from lionax.compat import dtensor, keras2, keras3, tf_models
 from lionax.core import storage
-from lionax.core.hyperparameters import get_hyperparams, set_hyperparams
+from lionax.core.hyperparameters import as_count, get_hyperparams, set_hyperparams
 from lionax.core.state import State
+from lionax.core.table import shown
 from lionax.core.transformation import Transformation
-from lionax.core.tree import is_placeholder, named_leaves
+from lionax.core.tree import is_beyond, is_placeholder, named_leaves
 from lionax.transforms.accumulation import AccumulateState, live_sum
 from lionax.transforms.adaptive import ScaleByAdamState
 from lionax.transforms.averaging import ParamsEmaState
@@ -123,10 +124,12 @@ class _Variables:
         if variables is None:
             return cls(dict(zip(paths, paths, strict=True)),
                        len(paths) == 1 or isinstance(tree, list | tuple))
-        if isinstance(variables,
-                      str) or set(variables) != set(paths) or len(variables) != len(paths):
-            raise ValueError(f"{owner}: variables={variables!r} are not the paths of the leaves, "
-                             f"each once: {paths}")
+        is_list = isinstance(variables, Mapping | list | tuple) and all(
+            isinstance(name, str) for pair in (variables, dict(variables).values() if isinstance(
+                variables, Mapping) else ()) for name in pair)
+        if not is_list or sorted(variables) != sorted(paths):
+            raise ValueError(f"{owner}: variables={shown(variables)} are not the paths of the "
+                             f"leaves, each once: {paths}")
         return cls(
             dict(variables) if isinstance(variables, Mapping) else dict(
                 zip(variables, variables, strict=True)), True)
@@ -182,17 +185,21 @@ def from_weights(tx: Transformation, params: Any, weights: Sequence[Any] | Mappi
     if calls is None:
         raise ValueError(f"{owner}: the weights do not tell how many calls were made; give "
                          "count=...")
-    if count is not None and int(calls) != count:
-        raise ValueError(f"{owner}: count={count!r}, but the weights tell of {int(calls)} calls; "
+    calls = as_count(calls, owner, "the iteration")
+    if count is not None and calls != count:
+        raise ValueError(f"{owner}: count={shown(count)}, but the weights tell of {calls} calls; "
                          "leave count out")
+    found = {(slot, path): _array(value, f"the {_shown(slot)} of {path!r}", owner)
+             for (slot, path), value in found.items()}
     for (slot, path), value in found.items():
         if np.shape(value) != np.shape(leaves[path]):
             raise ValueError(f"{owner}: the {_shown(slot)} of {path!r} has shape "
                              f"{np.shape(value)}, the parameter {np.shape(leaves[path])}; give the "
                              "weights in the order of variables")
-    state = _filled(cast(State, tx.init(params)), found, int(calls), form.window)
-    if rate is not None and form.constant and np.float32(rate) != _rate(state):
-        state = set_hyperparams(state, learning_rate=float(rate))
+    state = _filled(cast(State, tx.init(params)), found, calls, form.window)
+    rate = None if rate is None else _array(rate, "the learning rate", owner)
+    if rate is not None and form.constant and (rate.shape or np.float32(rate) != _rate(state)):
+        state = set_hyperparams(state, learning_rate=rate)
     return state
 
 
@@ -230,6 +237,18 @@ def to_weights(tx: Transformation, state: State,
     values = {slot: _by_path(trees[slot]) for slot in form.slots}
     return weights + [np.asarray(-values[slot][path] if slot == "downhill" else values[slot][path])
                       for slot, path in form.entries(list(known.names))]
+
+
+def _array(value: Any, what: str, owner: str) -> np.ndarray:
+    """A weight; refuses what is no array of numbers, such as an object that was pickled."""
+    try:
+        array = np.asarray(None if isinstance(value, np.ma.MaskedArray) else value)
+    except (TypeError, ValueError, OverflowError):
+        array = np.asarray(None)
+    kinds = (jnp.floating, jnp.integer)
+    if is_beyond(array) or not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
+        raise ValueError(f"{owner}: {what} is {shown(value)}, which is no array of real numbers")
+    return array
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
@@ -301,25 +320,34 @@ Found = tuple[Any, Any, dict[tuple[str, str], Any]]
 
 
 def _from_list(form: _Form, known: _Variables, weights: Sequence[Any], owner: str) -> Found:
+    if not isinstance(weights, Sequence) or isinstance(weights, str | bytes):
+        raise ValueError(f"{owner}: weights is a {type(weights).__name__}; give a list or a dict")
     known.check_order(owner)
     entries = form.entries(list(known.names))
-    scalars = weights[: form.count + form.rate]
-    if len(weights) != len(scalars) + len(entries) or any(
-            np.shape(scalar) != () for scalar in scalars):
+    scalars = [_array(weight, f"the weight {i}", owner)
+               for i, weight in enumerate(weights[: form.count + form.rate])]
+    if len(weights) != form.count + form.rate + len(entries) or any(
+            scalar.shape != () for scalar in scalars):
         wanted = ["the iteration"] * form.count + ["the learning rate"] * form.rate
         wanted += [f"{_shown(slot)} of {path!r}" for slot, path in entries]
         raise ValueError(f"{owner}: {len(weights)} weights do not fit; expected are "
                          f"{', '.join(wanted)}")
-    count, rate = weights[0] if form.count else None, weights[int(
-        form.count)] if form.rate else None
+    count = scalars[0] if form.count else None
+    rate = scalars[int(form.count)] if form.rate else None
     return count, rate, dict(zip(entries, weights[len(scalars):], strict=True))
 
 
 def _from_dict(form: _Form, known: _Variables, weights: Mapping[str, Any], owner: str) -> Found:
+    if not all(isinstance(key, str) for key in weights):
+        raise ValueError(f"{owner}: the names of the weights are {shown(list(weights))}; give "
+                         "strings")
     free = {
         re.sub(r":\d+$", "", key.removesuffix(_CHECKPOINT)): value
         for key, value in weights.items()
     }
+    if len(free) != len(weights):
+        raise ValueError(f"{owner}: of the names of the weights, two are the same but for what "
+                         f"ends them: {shown(sorted(weights))}")
 
     def take(names: Sequence[str]) -> Any:
         """The weight of one of these names, whatever stands before it."""
@@ -329,7 +357,7 @@ def _from_dict(form: _Form, known: _Variables, weights: Mapping[str, Any], owner
 
     count, rate, found = take(_COUNT), take(_RATE), {}
     numbered = {int(match[1]): value for key, value in free.items()
-                if (match := re.fullmatch(r"(?:(?:.*/)?(?:vars|_variables)/)?(\d+)", key))}
+                if (match := re.fullmatch(r"(?:(?:.*/)?(?:vars|_variables)/)?(\d{1,9})", key))}
     if numbered:
         if count is not None:  # a checkpoint lists it under its name only
             numbered[0] = count

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.core import Tracer
 
+from lionax.core.internals import Tracer, manual_axes, types_of_result
 from lionax.core.varying import varying_axes
 
 __all__ = ["branch", "reading_branch"]
@@ -24,11 +24,11 @@ def branch(predicate: Any, function: Callable[..., Any], *carry: Any) -> Any:
 def reading_branch(predicate: Any, function: Callable[..., Any], reads: Any, *carry: Any) -> Any:
     """`branch` of a function that also reads arrays; returns these before what it returns."""
     # XLA copies what a branch reads and a later instruction overwrites, unless it passes through
-    # the branch. The barrier keeps JAX from taking what passes unchanged out of it.
+    # the branch. A barrier for each array keeps JAX from taking what passes unchanged out of it.
     if not isinstance(predicate, Tracer):
         return reads, *branch(predicate, functools.partial(function, reads), *carry)
     return branch(predicate, lambda reads, *carry: (
-        jax.lax.optimization_barrier(reads), *function(reads, *carry)), reads, *carry)
+        jax.tree.map(jax.lax.optimization_barrier, reads), *function(reads, *carry)), reads, *carry)
 
 
 def _varying_like_result(function: Callable[..., Any], carry: Any) -> Any:
@@ -37,9 +37,9 @@ def _varying_like_result(function: Callable[..., Any], carry: Any) -> Any:
     The branches of a conditional must have one type. Outside of ``shard_map`` the function is not
     traced.
     """
-    if not jax.sharding.get_abstract_mesh().manual_axes:
+    if not manual_axes():
         return carry
-    results = jax.make_jaxpr(function)(*carry).out_avals
+    results = types_of_result(function, *carry)
     leaves, treedef = jax.tree.flatten(carry)
     missing = [tuple(varying_axes(new) - varying_axes(old))
                for old, new in zip(leaves, results, strict=True)]

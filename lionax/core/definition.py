@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import jax
@@ -11,10 +12,10 @@ import optax
 from lionax.core import norms
 from lionax.core.hyperparameters import Held, Injected
 from lionax.core.rule import Definition, Rule
-from lionax.core.tree import Leaves, present_arrays
+from lionax.core.tree import Leaves, Specs, splitting
 
-__all__ = ["Combination", "Conditional", "Foreign", "Member", "TreeWide", "is_stateless",
-           "nested"]
+__all__ = ["Combination", "Conditional", "Foreign", "Member", "OfOne", "Sharded",
+           "TreeWide", "is_stateless", "nested"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,30 @@ class Combination(Definition):
     def unpack(self, state: Any) -> Sequence[Any]:
         """The states of the members; TypeError or KeyError for a state of another form."""
         raise NotImplementedError
+
+
+class OfOne(Combination):
+    """A combination of one member, whose state is its own."""
+
+    def pack(self, states: list[Any]) -> Any:
+        return states[0]
+
+    def unpack(self, state: Any) -> Sequence[Any]:
+        return [state]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharded(OfOne):
+    """The definition of `sharded`: another one, and how the leaves are split over a mesh."""
+
+    part: Definition
+    specs: Specs
+
+    def context(self) -> AbstractContextManager[Any]:
+        return splitting(self.specs)
+
+    def members(self, leaves: Leaves) -> list[Member]:
+        return [Member(self.part, [True] * len(leaves.values))]
 
 
 class TreeWide(Definition):
@@ -107,7 +132,10 @@ class Conditional(TreeWide):
     def accepts(self, updates: Any, state: Any, params: Any,
                 extra: Mapping[str, Any]) -> jax.Array:
         """Whether the inner definition runs, from the updates and the state of `open`."""
-        return norms.all_finite(present_arrays(updates))
+        leaves = Leaves.of(updates, None)
+        present = [value if here else None
+                   for value, here in zip(leaves.values, leaves.present, strict=True)]
+        return norms.all_finite(norms.by_axes(present, leaves.splits))
 
     def close(self, updates: Any, state: Any, due: Any, accepted: jax.Array) -> Any:
         """The state after the call; ``accepted`` is False where the call was not due."""

@@ -3,31 +3,25 @@
 `lionax.core.layout` lays a definition out as a list of stages. `transform` carries the updates of
 all leaves through them: in each sweep a norm over the tree is taken first, if the sweep needs one,
 and then each leaf goes through all stages of the sweep in the compute dtype.
-
-A stage on one leaf is a function of that leaf's arrays, under ``jax.jit`` with a static rule. So a
-trace holds one function for all leaves of a shape, and outside of ``jit`` a shape compiles once.
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from lionax.core import norms, storage
+from lionax.core import norms, one_leaf, storage
 from lionax.core.branching import branch
+from lionax.core.counting import next_count
 from lionax.core.definition import Conditional
 from lionax.core.layout import Layout, Stage, StateError, sweeps
-from lionax.core.quantized import shapes_of
-from lionax.core.rule import Definition, Observer, Rule, Step, at_path
+from lionax.core.rule import Definition, Observer, at_path
 from lionax.core.settings import Settings, StaticRule
 from lionax.core.state import (
     State,
-    first_difference,
     needs_no_state,
     slots_of_leaves,
     state_of_step,
@@ -35,7 +29,7 @@ from lionax.core.state import (
 )
 from lionax.core.tree import Leaves, check_structures, is_placeholder
 
-__all__ = ["Run", "norms_for", "step", "transform", "update"]
+__all__ = ["Run", "step", "transform", "update"]
 
 
 def update(definition: Definition, grads: Any, state: State, params: Any,
@@ -107,15 +101,11 @@ class Run:
         absent = [None] * len(self.updates)
         self.param: list[Any] = absent if self.params is None else list(self.params.values)
         self.stages = [self._seeing_params(stage) for stage in self.layout.stages]
-        try:
-            self.settings = Settings(self.stages, state.count, state.hyperparameters)
-            pairs = zip(self.stages, self.layout.unpack(state.rules), strict=True)
-            self.slots: list[Any] = [
-                old if stage.is_tree_wide else slots_of_leaves(old, stage, self.grads)
-                for stage, old in pairs]
-        except StateError as error:
-            tree = grads if params is None else params
-            raise StateError(f"{error}. {first_difference(state, definition, tree)}") from None
+        self.settings = Settings(self.stages, state.count, state.hyperparameters)
+        pairs = zip(self.stages, self.layout.unpack(state.rules), strict=True)
+        self.slots: list[Any] = [
+            old if stage.is_tree_wide else slots_of_leaves(old, stage, self.grads)
+            for stage, old in pairs]
         self.bound: dict[Any, Any] = {}
 
     def _seeing_params(self, stage: Stage) -> Stage:
@@ -132,8 +122,7 @@ class Run:
             return self.given
         rules = [slots if stage.is_tree_wide else trees_of_slots(slots, stage, self.grads)
                  for stage, slots in zip(self.stages, self.slots, strict=True)]
-        count = jnp.asarray(optax.safe_increment(self.count))
-        return State(count, self.settings.record(), self.layout.pack(iter(rules)))
+        return State(next_count(self.count), self.settings.record(), self.layout.pack(iter(rules)))
 
     def write(self) -> None:
         """Adds the updates to the parameters."""
@@ -153,7 +142,8 @@ class Run:
             self._check(stage, leaf)
         arrays = {"update": self.updates, "param": self.param}
         self.grads.check_devices(self.updates, stage.active, stage.rule.name)
-        return tuple(norms.joint_norm([arrays[name][leaf] for leaf in leaves])
+        splits = [self.grads.splits[leaf] for leaf in leaves]
+        return tuple(norms.joint_norm([arrays[name][leaf] for leaf in leaves], splits)
                      for name in stage.rule.norms_of)
 
     def apply(self, stage: Stage, leaf: int, tree_norms: tuple[jax.Array, ...]) -> None:
@@ -161,9 +151,9 @@ class Run:
         self._check(stage, leaf)
         update, param, slots = self.updates[leaf], self.param[leaf], self.slots[stage.index]
         static, operands, shared = self._bind(stage, leaf)
-        self.updates[leaf], slots[leaf] = _apply(
-            static, operands, update, slots[leaf], param, self.count, tree_norms, shared,
-            np.uint32(stage.index << 20 ^ leaf))
+        self.updates[leaf], slots[leaf] = one_leaf.apply(
+            static, self.grads.splits[leaf], operands, update, slots[leaf], param, self.count,
+            tree_norms, shared, np.uint32(stage.index << 20 ^ leaf))
 
     def _dtype(self, leaf: int) -> np.dtype:
         """The dtype of arithmetic on a leaf."""
@@ -177,26 +167,13 @@ class Run:
         if key not in self.bound:
             operands = self.settings.operands(stage, dtype)
             static = StaticRule.of(rule, dtype, tuple(operands))
-            self.bound[key] = static, operands, _prepare(static, operands, self.count)
+            self.bound[key] = static, operands, one_leaf.prepare(static, operands, self.count)
         return self.bound[key]
 
     def _check(self, stage: Stage, leaf: int) -> None:
         """Refuses a leaf to which a rule cannot be applied."""
-        rule, path = stage.rule, self.grads.paths[leaf]
-        update, param, slots = self.updates[leaf], self.param[leaf], self.slots[stage.index][leaf]
-        if param is None and rule.needs_params:
-            raise ValueError(f"{rule.name}: needs the parameters (here {path!r}); call "
-                             "update(grads, state, params)")
-        if update is not None:
-            rule.check_leaf(update, f"the gradient of {path!r}")
-        if param is not None:
-            rule.check_leaf(param, f"the parameter {path!r}")
-        like: Any = param if update is None else update
-        shapes = shapes_of(slots)
-        if any(shape != like.shape for shape in shapes) and (
-                shapes != shapes_of(jax.eval_shape(rule.init, like))):
-            raise ValueError(f"{rule.name}: the gradient of {path!r} has shape {like.shape}, its "
-                             f"state {shapes}; they do not fit")
+        one_leaf.check(stage.rule, self.grads, leaf, self.updates[leaf], self.param[leaf],
+                       self.slots[stage.index][leaf])
 
     def foreign(self, stage: Stage) -> None:
         """Runs an Optax transformation."""
@@ -205,6 +182,10 @@ class Run:
         extra = {name: self.grads.masked(value, stage.active) for name, value in self.extra.items()}
         new, self.slots[stage.index] = stage.rule.update(
             updates, self.slots[stage.index], params, extra)
+        for given, made in zip(*map(jax.tree.leaves, (updates, new)), strict=False):
+            if jnp.shape(given) != jnp.shape(made):
+                raise StateError(f"{stage.rule.name}: of an update of shape {jnp.shape(given)} it "
+                                 f"made one of shape {jnp.shape(made)}; its state does not fit")
         self.updates = self._replaced(self.updates, stage, new)
 
     def _replaced(self, values: Sequence[Any], stage: Stage, tree: Any) -> list[Any]:
@@ -254,29 +235,3 @@ def _loaded(array: jax.Array) -> jax.Array:
 
 def _nan_like(array: jax.Array) -> jax.Array:
     return array * jnp.nan if jnp.issubdtype(array.dtype, jnp.inexact) else array
-
-
-def norms_for(rule: Rule, update: Any, param: Any,
-              tree_norms: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """The norms that a rule needs at one leaf: that leaf's, or those of the tree."""
-    if rule.scope != "leaf":
-        return tree_norms
-    arrays = {"update": update, "param": param}
-    return norms.norm_of_each([arrays[name] for name in rule.norms_of], rule.norm_axes)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _prepare(static: StaticRule, operands: dict[str, jax.Array], count: jax.Array) -> Any:
-    return static.with_values(operands).prepare(count, static.dtype)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _apply(static: StaticRule, operands: dict[str, jax.Array], update: Any, slots: Any, param: Any,
-           count: jax.Array, tree_norms: tuple[jax.Array, ...], shared: Any,
-           number: np.uint32) -> tuple[Any, Any]:
-    """A rule, applied to one leaf: the new update and slots, rounded by the leaf's number."""
-    rule = static.with_values(operands)
-    measured = norms_for(rule, update, param, tree_norms)
-    update, old, param, measured = storage.loaded((update, slots, param, measured), static.dtype)
-    update, new = rule.apply(update, old, param, Step(count, measured, shared))
-    return update, storage.stored(new, slots, rule.storage_of, number, count)

@@ -16,14 +16,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.tree_util import DictKey, GetAttrKey
 
 from lionax.core import storage
+from lionax.core.counting import LARGEST_COUNT
+from lionax.core.internals import Tracer
+from lionax.core.table import shown
 
-__all__ = ["Held", "Hyperparameters", "Injected", "Interval", "Scalar", "check_count",
-           "check_scalar", "flag", "get_hyperparams", "inject", "named",
-           "names_in_state", "register_with_flax",
+__all__ = ["Held", "Hyperparameters", "Injected", "Interval", "Scalar",
+           "as_count", "check_count", "check_scalar", "flag", "get_hyperparams", "inject",
+           "is_number", "named", "names_in_state", "register_with_flax",
            "scalar", "set_hyperparams", "value_at"]
 
 Scalar = Any
@@ -43,7 +45,8 @@ class Interval:
     remedy: str = ""
 
     def __contains__(self, x: float) -> bool:
-        is_below = x < self.high if self.open_high else x <= self.high
+        # A decay that float32, in which states hold it, takes for 1 never forgets.
+        is_below = float(np.float32(x)) < self.high if self.open_high else x <= self.high
         return self.low <= x and is_below and not (self.nonzero and x == 0)
 
     def __repr__(self) -> str:
@@ -55,7 +58,8 @@ class Interval:
         if self.high >= LARGEST:
             kind = "number" if math.isinf(self.high) else "finite number"
             return f"a {kind} of at least {self.low:g}"
-        return f"a number in [{self.low:g}, {self.high:g}{')' if self.open_high else ']'}"
+        return (f"a number in [{self.low:g}, {self.high:g}" +
+                ("), also in float32" if self.open_high else "]"))
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "assigned"],
@@ -174,12 +178,21 @@ def check_scalar(value: Any, accepted: Interval, owner: str, argument: str,
     elif dynamic and callable(value):
         _check_schedule(value, owner, argument)
         return value
-    elif _is_number(value) and float(value) in accepted:
+    elif is_number(value) and _as_float(value) in accepted:
         return float(value)
     schedule = " (or a schedule, or inject(...))" if dynamic else ""
     remedy = f"; {accepted.remedy}" if accepted.remedy else ""
-    kind = ValueError if _is_number(value) else TypeError
-    raise kind(f"{owner}: {argument}={value!r} is not accepted; give {accepted}{schedule}{remedy}")
+    kind = ValueError if is_number(value) else TypeError
+    raise kind(f"{owner}: {argument}={shown(value)} is not accepted; give {accepted}{schedule}"
+               f"{remedy}")
+
+
+def _as_float(value: Any) -> float:
+    """A number; NaN, which is in no interval, for an int beyond all floats."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan
 
 
 def _check_schedule(schedule: Any, owner: str, argument: str) -> None:
@@ -196,16 +209,28 @@ def _check_schedule(schedule: Any, owner: str, argument: str) -> None:
 
 def check_count(value: Any, owner: str, argument: str, of: str = "steps, at least 1") -> None:
     """Refuses what is not a whole number of at least 1, fixed when an optimizer is made."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{owner}: {argument}={value!r} is not accepted; give an int: the number "
-                         f"of {of}")
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    if not is_int or not 1 <= value <= LARGEST_COUNT:
+        raise ValueError(f"{owner}: {argument}={shown(value)} is not accepted; give an int below "
+                         f"2^31: the number of {of}")
 
 
-def _is_number(value: Any) -> bool:
+def as_count(value: Any, owner: str, argument: str) -> int:
+    """How many steps or calls were made, as an int; refuses what a counter cannot hold."""
+    if is_number(value) and not isinstance(value, Tracer):
+        number = _as_float(value)
+        if number.is_integer() and 0 <= number <= LARGEST_COUNT:
+            return int(number)
+    raise ValueError(f"{owner}: {argument}={shown(value)} is not accepted; give a whole number of "
+                     "at least 0, below 2^31")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number or a 0-d array of one."""
     if isinstance(value, bool | int | float):
         return not isinstance(value, bool)
     is_scalar = isinstance(value, np.generic | np.ndarray | jax.Array) and np.ndim(value) == 0
-    dtype = jnp.result_type(value) if is_scalar else jnp.dtype(bool)
+    dtype = value.dtype if is_scalar else np.dtype(bool)
     return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 
@@ -220,8 +245,8 @@ def value_at(definition: Any, count: jax.Array, owner: str) -> Any:
         raise TypeError(f"{owner}: the schedule {definition!r} needs the number of the step, which "
                         "is traced in a compiled step; write jnp.where instead of Python's if, and "
                         "jax.numpy instead of numpy") from error
-    is_number = _is_number(value) or isinstance(value, Tracer)
-    if not is_number or jnp.shape(value) != ():
+    is_scalar = is_number(value) or isinstance(value, Tracer)
+    if not is_scalar or jnp.shape(value) != ():
         what = f"shape {jnp.shape(value)}" if isinstance(value, jax.Array) else repr(value)
         raise ValueError(f"{owner}: a schedule must return a scalar; at this step it gave {what}")
     return value
@@ -234,8 +259,27 @@ def _is_node(node: Any) -> bool:
 def _found(state: Any) -> dict[tuple[Any, str], str]:
     """The name of every hyperparameter of a state, by its node's key path and its name there."""
     pairs, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_node)
+    for _, node in pairs:
+        if _is_node(node):
+            _check_node(node)
     held = [(keys, name) for keys, node in pairs if _is_node(node) for name in node.values]
     return dict(zip(held, names_in_state(held), strict=True))
+
+
+def _check_node(node: Any) -> None:
+    """Refuses a node that `Settings` did not make: a state that was edited or spoiled."""
+    try:
+        names = [name for name, interval in node.accepted if isinstance(interval, Interval)]
+        is_whole = (set(node.values) == set(names) == {str(name) for name in names}
+                    and set(node.assigned) == set(map(flag, names))
+                    and all(len(jax.tree.leaves(value)) == 1 for held in
+                            (node.values, node.assigned) for value in held.values()))
+    except (TypeError, ValueError, AttributeError):
+        is_whole = False
+    if not is_whole:
+        raise ValueError(f"the hyperparameters in the state are {shown(node)}, which no "
+                         "transformation made: a value, its name or its range is missing; make "
+                         "them with tx.init(params)")
 
 
 def names_in_state(held: list[tuple[Any, str]]) -> list[str]:
@@ -280,7 +324,7 @@ def set_hyperparams(state: Any, **values: Any) -> Any:
     """A state with other hyperparameters, effective from the next step, without a retrace.
 
     It assigns learning rates, also scheduled ones, and all that was given as `inject`. Structure,
-    dtypes and shardings stay.
+    dtypes and shardings stay. In a run of several processes all of them call it.
 
     Args:
       state: as `get_hyperparams`.
@@ -290,7 +334,7 @@ def set_hyperparams(state: Any, **values: Any) -> Any:
 
     Raises:
       KeyError: for a name that the state does not hold.
-      TypeError: for a value that is not a scalar.
+      TypeError: for a value that is not a scalar, or a state of shapes.
       ValueError: for a value out of the argument's range.
 
     >>> import jax.numpy as jnp, lionax
@@ -312,6 +356,8 @@ def set_hyperparams(state: Any, **values: Any) -> Any:
         if not _is_node(node):
             return node
         new, assigned = dict(node.values), dict(node.assigned)
+        if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves((new, assigned))):
+            raise TypeError(f"set_hyperparams: the state holds {shown(new)}; give one of arrays")
         for name, accepted in node.accepted:
             spelled = given[keys, name]
             if spelled is not None:
@@ -333,4 +379,5 @@ def _assigned(value: Any, old: Any, accepted: Interval, name: str) -> Any:
     elif not isinstance(value, Tracer):
         for each in np.ravel(value):
             check_scalar(each, accepted, "set_hyperparams", name, dynamic=False)
-    return storage.in_place_of(value, old)
+    # A copy: an array of the caller's may serve several groups, and must not be donated.
+    return storage.in_place_of(jnp.array(value), old)

@@ -6,14 +6,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import DictKey, SequenceKey
 
 from lionax.core.quantized import is_quantized
-from lionax.core.table import Table, in_bytes
-from lionax.core.tree import Keys, Leaves, is_placeholder, keyed_leaves
+from lionax.core.table import Table, in_bytes, shown
+from lionax.core.tree import Keys, Leaves, is_beyond, is_placeholder, keyed_leaves
 
 __all__ = ["HeldArray", "bytes_of", "contents", "contents_by_leaf", "contents_table", "described",
-           "holds_state"]
+           "holds_state", "kind_of"]
 
 LONGEST = 1400  # characters of a description
 
@@ -65,6 +66,21 @@ def _is_state(node: Any) -> bool:
 def holds_state(node: Any) -> bool:
     """Whether there is a State in a node, such as Flax's train state or a wrapper of Optax's."""
     return any(map(_is_state, jax.tree.leaves(node, is_leaf=_is_state)))
+
+
+def kind_of(leaf: Any) -> tuple[str, ...]:
+    """The shape of an array and the kind of its numbers, or what stands in its place."""
+    if isinstance(leaf, bool | int | float | complex | np.generic):
+        leaf = np.asarray(leaf)
+    is_array = isinstance(leaf, np.ndarray | jax.Array | jax.ShapeDtypeStruct)
+    dtype = leaf.dtype if is_array else None
+    kinds = {"whole numbers": jnp.integer, "numbers": jnp.floating, "bools": jnp.bool_,
+             "complex numbers": jnp.complexfloating, "keys": jax.dtypes.extended}
+    kind = next((name for name, dtypes in kinds.items() if dtype is not None
+                 and jnp.issubdtype(dtype, dtypes)), None)
+    if kind is None or is_beyond(leaf):
+        return (shown(leaf),)
+    return kind, f"shape {jnp.shape(leaf)}"
 
 
 def contents_by_leaf(state: Any, leaves: Leaves) -> list[list[tuple[str, Any]]]:

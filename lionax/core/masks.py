@@ -12,8 +12,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.core import Tracer
 
+from lionax.core.internals import Tracer
+from lionax.core.table import shown
 from lionax.core.tree import Keys, Leaves, is_placeholder, keyed_leaves
 
 __all__ = ["Mask", "PathLabels", "PathMask", "PathTree", "check_matched", "check_regexes",
@@ -28,9 +29,10 @@ def check_regexes(patterns: Iterable[str], owner: str) -> None:
     for pattern in patterns:
         try:
             re.compile(pattern)
-        except (TypeError, re.error) as error:
+        except (TypeError, re.error, OverflowError, RecursionError) as error:
             kind = ValueError if isinstance(pattern, str) else TypeError
-            raise kind(f"{owner}: {pattern!r} is not a regular expression: {error}") from None
+            raise kind(f"{owner}: {shown(pattern)} is not a regular expression: "
+                       f"{error}") from None
 
 
 def first_match(rules: Iterable[tuple[str, Any]], path: str, default: Any = None) -> Any:
@@ -129,6 +131,9 @@ class PathLabels:
     rules: tuple[tuple[str, Any], ...]  # expression and label
     default: Any = None
 
+    def __post_init__(self):
+        check_regexes((regex for regex, _ in self.rules), "labels")
+
     def __repr__(self) -> str:
         default = "" if self.default is None else f", default={self.default!r}"
         return f"labels({dict(self.rules)!r}{default})"
@@ -170,7 +175,6 @@ def labels(rules: Mapping[str, Any], default: Any = None) -> PathLabels:
     """
     if not isinstance(rules, Mapping):
         raise TypeError(f"labels: {rules!r} is not a mapping from regular expressions to labels")
-    check_regexes(rules, "labels")
     return PathLabels(tuple(rules.items()), default)
 
 

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lionax.core.internals import Tracer
 from lionax.core.rounding import as_uniform
-from lionax.core.varying import explicit_sharding, varying_axes
+from lionax.core.varying import Split, explicit_sharding, varying_axes
 
-__all__ = ["Format", "QuantizedArray", "encode", "format_of", "is_quantized", "shapes_of",
-           "zeros"]
+__all__ = ["Format", "QuantizedArray", "encode", "fitting", "format_of", "is_quantized",
+           "shapes_of", "zeros"]
 
 SMALLEST = 4096  # elements; a smaller leaf saves too few bytes
 PARTS = 8  # of a block, whose maxima are taken first
@@ -66,6 +66,9 @@ class QuantizedArray:
       scales: a scale for each block.
       format: how numbers become codes.
 
+    Raises:
+      ValueError: where it is used, if codes and scales do not have the format's dtypes and shapes.
+
     >>> import jax.numpy as jnp, lionax
     >>> mu = lionax.lion(0.1, mu_dtype="int8").init(jnp.ones((64, 128))).rules[0].mu
     >>> mu.shape, mu.codes.shape, mu.scales.shape, mu.nbytes
@@ -102,30 +105,47 @@ class QuantizedArray:
         """The bytes of codes and scales."""
         return sum(x.size * x.dtype.itemsize for x in (self.codes, self.scales))
 
-    def decode(self, dtype: Any = jnp.float32) -> jax.Array:
-        """The numbers that the codes stand for."""
-        return _decoded(self, dtype)
+    def decode(self, dtype: Any = jnp.float32, split: Split | None = None) -> jax.Array:
+        """The numbers that the codes stand for; inside of ``shard_map`` by their split."""
+        self.check()
+        return _decoded(self, dtype, split)
+
+    def check(self) -> None:
+        """Refuses arrays that are no codes and scales of the format."""
+        bits, blocks = self.format.bits, self.shape[-1] // self.format.block
+        dtype = jnp.int8 if bits == 8 and not self.format.nonnegative else jnp.uint8
+        *lead, last = self.scales.shape
+        # Inside of shard_map a shard may hold a part of a block, and the scale of the whole.
+        is_part = self.shape[-1] % self.format.block != 0
+        if (self.codes.dtype != dtype or not jnp.issubdtype(self.scales.dtype, jnp.floating)
+                or tuple(lead) != self.shape[:-1] or (last != blocks and not is_part)):
+            raise ValueError(f"a QuantizedArray of {bits} bits with codes of dtype "
+                             f"{self.codes.dtype} and shape {self.codes.shape} has scales of dtype "
+                             f"{self.scales.dtype} and shape {self.scales.shape}; codes of dtype "
+                             f"{jnp.dtype(dtype)} and a scale for each {self.format.block} of "
+                             "them, in bfloat16, are accepted")
 
 
-@functools.partial(jax.jit, static_argnums=1, inline=True)
-def _decoded(array: QuantizedArray, dtype: Any) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
+def _decoded(array: QuantizedArray, dtype: Any, split: Split | None) -> jax.Array:
     format, blocks = array.format, array.shape[-1] // array.format.block
     codes = _unpacked(_in_whole_blocks(array.codes, blocks), format).astype(dtype)
     share = codes * np.asarray(1 / format.levels, dtype)
     if format.nonnegative:
         share = share * share
-    scales = _spread(array.scales.astype(dtype), format)
+    scales = _spread(array.scales.astype(dtype), format, share, split)
     return _placed(share * jnp.abs(share) * scales, array.codes)
 
 
 def is_quantized(node: Any) -> bool:
     """Whether a node of a tree is a `QuantizedArray` of arrays, not of their dtypes or specs."""
-    return isinstance(node, QuantizedArray) and getattr(node.codes, "ndim", 0) > 0
+    return isinstance(node, QuantizedArray) and isinstance(node.format, Format) and all(
+        getattr(array, "ndim", 0) > 0 for array in (node.codes, node.scales))
 
 
 def shapes_of(slots: Any) -> list[tuple[int, ...]]:
     """The shapes of slots, of codes the shapes that they stand for."""
-    return [slot.shape for slot in jax.tree.leaves(slots, is_leaf=is_quantized)]
+    return [getattr(slot, "shape", ()) for slot in jax.tree.leaves(slots, is_leaf=is_quantized)]
 
 
 def format_of(bits: int, shape: tuple[int, ...], nonnegative: bool) -> Format | None:
@@ -150,16 +170,18 @@ def _zeros(like: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         axes = tuple(varying_axes(like)) if isinstance(like, Tracer) else ()
         zero = jnp.zeros(shape, dtype)
         return lax.pcast(zero, axes, to="varying") if axes else zero
-    return jnp.zeros(shape, dtype, device=_fitting(sharding, shape))
+    return jnp.zeros(shape, dtype, device=fitting(sharding, shape))
 
 
-def _fitting(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+def fitting(sharding: Any, shape: tuple[int, ...]) -> Any:
     """A sharding for a shape with another last axis, which is not split where it cannot be."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
     spec = (*sharding.spec, *[None] * len(shape))[:len(shape)]
     axes = spec[-1] if isinstance(spec[-1], tuple) else (spec[-1],) * (spec[-1] is not None)
     if shape[-1] % math.prod(sharding.mesh.shape[axis] for axis in axes):
         spec = (*spec[:-1], None)
-    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+    return sharding.update(spec=PartitionSpec(*spec))
 
 
 def _in_whole_blocks(array: jax.Array, blocks: int) -> jax.Array:
@@ -167,8 +189,8 @@ def _in_whole_blocks(array: jax.Array, blocks: int) -> jax.Array:
     sharding = explicit_sharding(array)
     if sharding is None:
         return array
-    fitting = _fitting(sharding, (*array.shape[:-1], blocks))
-    return jax.sharding.reshard(array, fitting) if fitting.spec != sharding.spec else array
+    wanted = fitting(sharding, (*array.shape[:-1], blocks))
+    return jax.sharding.reshard(array, wanted) if wanted.spec != sharding.spec else array
 
 
 def _placed(array: jax.Array, like: jax.Array) -> jax.Array:
@@ -176,21 +198,28 @@ def _placed(array: jax.Array, like: jax.Array) -> jax.Array:
     sharding = explicit_sharding(like)
     if sharding is None:
         return array
-    return jax.sharding.reshard(array, _fitting(sharding, array.shape))
+    return jax.sharding.reshard(array, fitting(sharding, array.shape))
 
 
-@functools.partial(jax.jit, static_argnums=1, inline=True)
-def encode(values: jax.Array, format: Format, bits: jax.Array | None) -> QuantizedArray:
-    """Codes for numbers, rounded stochastically with random bits, or to the nearest without."""
+@functools.partial(jax.jit, static_argnums=(1, 3), inline=True)
+def encode(values: jax.Array, format: Format, bits: jax.Array | None,
+           split: Split | None = None) -> QuantizedArray:
+    """Codes for numbers, rounded stochastically with random bits, or to the nearest without.
+
+    Inside of ``shard_map`` a shard that holds no whole blocks has the scales of all, like a mesh.
+    """
     levels, given = format.levels, values
     values = _in_whole_blocks(values, values.shape[-1] // format.block).astype(jnp.float32)
     if bits is not None:
         bits = _in_whole_blocks(bits, values.shape[-1] // format.block)
-    scales = _scales(values, format)
+    scales = _scales(values, format, split)
     # The reciprocals of the largest scales are no normal numbers, which XLA takes for 0.
     factor = jnp.where(scales > 2.0**100, 2.0**-64, 1.0)
     reciprocals = 1.0 / jnp.where(scales == 0, 1.0, scales * factor)
-    share = jnp.abs(values) * _spread(factor, format) * _spread(reciprocals, format)
+    spread = functools.partial(_spread, format=format, like=values, split=split)
+    share = jnp.abs(values) * spread(factor) * spread(reciprocals)
+    if format.nonnegative:  # the share of a positive number may be no normal number
+        share = jnp.where(values > 0, jnp.maximum(share, float(jnp.finfo(jnp.float32).tiny)), share)
     root = jnp.sqrt(share)
     steps = levels * (jnp.sqrt(root) if format.nonnegative else root)
     below = jnp.clip(jnp.floor(steps), 1 if format.nonnegative else 0, levels - 1)
@@ -208,24 +237,47 @@ def _power(codes: jax.Array, format: Format) -> jax.Array:
     return square * square if format.nonnegative else square
 
 
-def _scales(values: jax.Array, format: Format) -> jax.Array:
+def _in_parts_of(format: Format, shape: tuple[int, ...], split: Split | None) -> bool:
+    """Whether a shard of a shape holds no whole blocks, inside of ``shard_map``."""
+    return split is not None and bool(split.axes[-1]) and shape[-1] % format.block != 0
+
+
+def _scales(values: jax.Array, format: Format, split: Split | None) -> jax.Array:
     """The largest magnitude of each block, rounded up to bfloat16; NaN if one is not finite."""
     raw = lax.bitcast_convert_type(jnp.abs(values), jnp.int32)  # in the order of the numbers
+    if split is not None and _in_parts_of(format, values.shape, split):
+        whole = jnp.zeros((*values.shape[:-1], split.whole(values.shape)[-1]), jnp.int32)
+        raw = lax.dynamic_update_slice_in_dim(
+            whole, raw, split.start(values.ndim - 1, values.shape[-1]), -1)
+        return _scales_of(lax.pmax(_largest(raw, format), split.axes[-1]))
+    return _scales_of(_largest(raw, format))
+
+
+def _largest(raw: jax.Array, format: Format) -> jax.Array:
+    """The largest number of each block."""
     # XLA on the CPU keeps the values in memory for a maximum of floats, or of more at once.
     parts = raw.reshape(*raw.shape[:-1], -1, PARTS, format.block // PARTS)
     largest = parts[..., 0, :]
     for part in range(1, PARTS):
         largest = jnp.maximum(largest, parts[..., part, :])
-    raw = jnp.max(largest, axis=-1)
+    return jnp.max(largest, axis=-1)
+
+
+def _scales_of(raw: jax.Array) -> jax.Array:
+    """Scales, of the bits of the largest magnitudes."""
     up = lax.bitcast_convert_type((raw + 0xFFFF) & ~0xFFFF, jnp.float32)
     is_finite = raw < 0x7F800000
     return jnp.where(is_finite, jnp.minimum(up, float(jnp.finfo(jnp.bfloat16).max)), jnp.nan)
 
 
-def _spread(scales: jax.Array, format: Format) -> jax.Array:
-    """A number for each block as one for each element."""
+def _spread(scales: jax.Array, format: Format, like: jax.Array, split: Split | None) -> jax.Array:
+    """A number for each block as one for each element of an array."""
     each = jnp.broadcast_to(scales[..., None], (*scales.shape, format.block))
-    return each.reshape(*scales.shape[:-1], -1)
+    each = each.reshape(*scales.shape[:-1], -1)
+    if split is None or not _in_parts_of(format, like.shape, split):
+        return each
+    start = split.start(like.ndim - 1, like.shape[-1])
+    return lax.dynamic_slice_in_dim(each, start, like.shape[-1], -1)
 
 
 def _packed(codes: jax.Array, format: Format) -> jax.Array:

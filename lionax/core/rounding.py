@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lionax.core.varying import explicit_sharding, is_unchecked, varying_axes
+from lionax.core.table import shown
+from lionax.core.varying import Split, explicit_sharding, is_unchecked, varying_axes
 
-__all__ = ["as_uniform", "check_seed", "folded", "is_low_precision", "key_of", "random_bits",
-           "rounded", "to_integers", "ulp"]
+__all__ = ["as_uniform", "bounded", "check_seed", "folded", "is_low_precision", "key_of", "lifted",
+           "random_bits", "rounded", "to_integers", "ulp"]
 
 
 def is_low_precision(dtype) -> bool:
@@ -35,34 +36,40 @@ def key_of(seed: int, *numbers: jax.Array | int) -> jax.Array:
 
 
 def check_seed(seed: int, owner: str) -> None:
-    """Refuses what is not an int."""
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise TypeError(f"{owner}: seed={seed!r} is not accepted; give an int")
+    """Refuses what is not an int of 64 bits."""
+    is_int = isinstance(seed, int) and not isinstance(seed, bool)
+    if not is_int or not -2**63 <= seed < 2**64:
+        raise TypeError(f"{owner}: seed={shown(seed)} is not accepted; give an int of at most 64 "
+                        "bits")
 
 
-def random_bits(key: jax.Array, like: jax.Array) -> jax.Array:
+def random_bits(key: jax.Array, like: jax.Array, split: Split | None = None) -> jax.Array:
     """A uint32 for each element: a hash of the key and of the element's index in the whole array.
 
-    It is the same on any mesh under ``jit``. Inside ``shard_map`` an index counts within a shard,
-    and the device's index along the axes over which the array varies is mixed in. A ``vmap`` gives
-    all its members the same bits.
+    It is the same on any mesh under ``jit``, and inside ``shard_map`` where the split is known.
+    Else an index counts within a shard, and the device's index along the axes over which the array
+    varies is mixed in. A ``vmap`` gives all its members the same bits.
     """
-    if is_unchecked():
-        raise ValueError("stochastic rounding: inside of shard_map(check_vma=False) types do not "
-                         "say along which axes an array differs, so replicas would differ; leave "
-                         "check_vma=True, or store with Storage(dtype, rounding='nearest')")
-    for axis in sorted(varying_axes(like)):
+    if split is None and is_unchecked():
+        raise ValueError("stochastic rounding: inside of shard_map(check_vma=False) and of pmap "
+                         "types do not say along which axes an array differs, so replicas would "
+                         "differ; leave check_vma=True, say it with lionax.sharded(tx, specs), or "
+                         "store with Storage(dtype, rounding='nearest')")
+    for axis in sorted(varying_axes(like)) if split is None else ():
         key = folded(key, lax.axis_index(axis))
     out = explicit_sharding(like)
-    inner = next(d for d in range(like.ndim + 1) if math.prod(like.shape[d:]) < 2**32)
+    whole = like.shape if split is None else split.whole(like.shape)
+    inner = next(d for d in range(like.ndim + 1) if math.prod(whole[d:]) < 2**32)
     index, stride, outer, outer_stride = jnp.uint32(0), 1, jnp.uint32(0), 1
     for axis in reversed(range(like.ndim)):
         along = lax.broadcasted_iota(jnp.uint32, like.shape, axis, out_sharding=out)
+        if split is not None:
+            along = along + jnp.asarray(split.start(axis, like.shape[axis])).astype(jnp.uint32)
         if axis >= inner:
-            index, stride = index + along * jnp.uint32(stride), stride * like.shape[axis]
+            index, stride = index + along * jnp.uint32(stride), stride * whole[axis]
         else:
             outer = outer + along * jnp.uint32(outer_stride)
-            outer_stride *= like.shape[axis]
+            outer_stride *= whole[axis]
     if inner:
         key = folded(key, outer)
     return _mixed(index ^ key)
@@ -86,6 +93,22 @@ def rounded(value: jax.Array, dtype, bits: jax.Array) -> jax.Array:
         unit, largest = ulp(value, dtype), jnp.float32(jnp.finfo(dtype).max)
         new = jnp.clip(to_integers(value / unit, bits) * unit, -largest, largest)
     return jnp.where(jnp.isfinite(value), new, value).astype(dtype)
+
+
+def bounded(value: jax.Array, dtype) -> jax.Array:
+    """A value that is finite in another dtype, if it is."""
+    largest = float(jnp.finfo(dtype).max)
+    return jnp.where(jnp.isfinite(value), jnp.clip(value, -largest, largest), value)
+
+
+def lifted(value: jax.Array, dtype) -> jax.Array:
+    """A value within the range of a float of at most 16 bits: not 0 and finite, unless it was."""
+    if not is_low_precision(dtype):
+        return value
+    # Arithmetic in float32 takes bfloat16's subnormal numbers for 0.
+    least = max(float(jnp.finfo(dtype).smallest_subnormal), float(jnp.finfo(jnp.float32).tiny))
+    value = bounded(value.astype(jnp.float32), dtype)
+    return jnp.where(value == 0, value, jnp.copysign(jnp.maximum(jnp.abs(value), least), value))
 
 
 def ulp(value: jax.Array, dtype) -> jax.Array:

@@ -34,19 +34,21 @@ needs norms says of what, and finds them in ``step.norms``, summed over leaves a
 Rules are data: two transformations built alike are equal, hash alike, pickle and compile once.
 """
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
 
 from lionax.core import storage
 from lionax.core.hyperparameters import Held, Interval, check_scalar
+from lionax.core.internals import Tracer
 from lionax.core.masks import check_matched
 from lionax.core.tree import Keys
 
@@ -78,6 +80,10 @@ class Definition:
         """The extra arguments that it takes; ``**`` stands for any."""
         return ()
 
+    def context(self) -> AbstractContextManager[Any]:
+        """In what `Transformation` enters the engine."""
+        return contextlib.nullcontext()
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule(Definition):
@@ -96,6 +102,9 @@ class Rule(Definition):
 
     dtypes: ClassVar[tuple[Any, ...]] = (jnp.floating, jnp.complexfloating)
     """The kinds of leaves that are accepted: of `jax.numpy`'s scalar types."""
+
+    nonnegative: ClassVar[tuple[str, ...]] = ()
+    """The slots that are never negative. No positive element of them is rounded to 0."""
 
     is_memoryless: ClassVar[bool] = False
     """Whether there are neither slots nor a look at ``step.count``. Then the state may be empty."""

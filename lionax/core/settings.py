@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lionax.core.hyperparameters import Held, Hyperparameters, Injected, flag, value_at
+from lionax.core.hyperparameters import Held, Hyperparameters, Injected, flag, is_number, value_at
 from lionax.core.layout import Stage, StateError
 from lionax.core.rule import Rule
+from lionax.core.table import shown
 
 __all__ = ["Settings", "StaticRule"]
 
@@ -53,6 +54,10 @@ class Settings:
     """The values of all hyperparameters in one step."""
 
     def __init__(self, stages: Sequence[Stage], count: jax.Array, held: Hyperparameters | None):
+        if held is not None and not (isinstance(held, Hyperparameters) and isinstance(
+                held.values, dict) and isinstance(held.assigned, dict) and set(
+                held.assigned) == set(map(flag, held.values))):
+            raise StateError(f"the state holds {shown(held)} in place of hyperparameters")
         self._names, self._held = _held_names(stages), held
         if held is not None and set(held.values) != set(self._names.values()):
             # Optax's inject_hyperparams gives numbers where it is not jitted, else tracers: at
@@ -84,13 +89,17 @@ class Settings:
         if name is None or self._held is None:
             return jnp.asarray(given).astype(dtype)
         held = self._held.values[name]
-        if not hasattr(held, "astype"):
-            raise TypeError(f"the hyperparameter {name!r} in the state is {held!r}; assign it with "
-                            "lionax.set_hyperparams(state, ...)")
+        if not hasattr(held, "astype") or not is_number(held):
+            raise TypeError(f"the hyperparameter {name!r} in the state is {shown(held)}; assign it "
+                            "with lionax.set_hyperparams(state, ...)")
         held = held.astype(dtype)
         if isinstance(self._given[key], Injected):
             return held
-        is_assigned = self._held.assigned[flag(name)] != 0
+        assigned = self._held.assigned.get(flag(name))
+        if not is_number(assigned):
+            raise StateError(f"whether the hyperparameter {name!r} was assigned is "
+                             f"{shown(assigned)} in the state, which is no number")
+        is_assigned = assigned != 0
         return jnp.where(is_assigned, held, jnp.asarray(given).astype(dtype))
 
     def record(self) -> Hyperparameters:
@@ -110,8 +119,7 @@ def _scalars(stage: Stage) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in values if value is not None]
 
 
-def _held_names(stages: Sequence[Stage],
-                rates: str = "known") -> dict[tuple[int, str], str]:
+def _held_names(stages: Sequence[Stage], rates: str = "known") -> dict[tuple[int, str], str]:
     """The names of the (stage, field) that the state holds, qualified by the groups they are in.
 
     Of the learning rates it holds those that are "known", not traced; "all"; or "none".

@@ -3,25 +3,29 @@
 Arithmetic runs in float32, in float64 for float64 leaves. A slot's dtype is fixed when it is made.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
+from lionax.core.internals import Tracer, memory_space
 from lionax.core.masks import check_regexes, first_match
+from lionax.core.programs import Kept
 from lionax.core.quantized import encode, format_of, is_quantized, zeros
-from lionax.core.rounding import check_seed, is_low_precision, key_of, random_bits, rounded
-from lionax.core.tree import is_float0, is_placeholder
-from lionax.core.varying import explicit_sharding
+from lionax.core.rounding import check_seed, is_low_precision, key_of, lifted, random_bits, rounded
+from lionax.core.table import shown
+from lionax.core.tree import is_beyond, is_float0, is_placeholder
+from lionax.core.varying import Split, explicit_sharding
 
-__all__ = ["Storage", "StorageByPath", "StorageLike", "accumulator_dtype", "add",
-           "check_storage", "compute_dtype", "in_place_of", "is_complex", "load",
-           "loaded", "store", "stored", "zero_slot"]
+__all__ = ["Storage", "StorageByPath", "StorageLike", "accumulator_dtype", "add", "aligned",
+           "are_rounded", "check_storage", "compute_dtype", "in_place_of", "is_complex", "load",
+           "loaded", "on_device", "promotion_for", "sharded_as", "store", "stored", "zero_slot"]
 
 CODES = {"int8": 8, "int4": 4}
 
@@ -33,7 +37,7 @@ class Storage:
     Floats of at most 16 bits and codes are rounded stochastically: the expected value is exact, so
     an average goes on moving where rounding to the nearest would stop it. The random bits are a
     hash of the seed, the step, the leaf, the slot and the element: they are the same in each run
-    and, under ``jit``, on each mesh.
+    and, under ``jit``, on each mesh. After 2³¹ - 1 steps the count stands, and the bits repeat.
 
     Args:
       dtype: None for the parameter's own; a floating-point or complex dtype; "int8" or "int4" for a
@@ -82,6 +86,7 @@ class StorageByPath:
     dtype: ClassVar[None] = None  # where no path is known
 
     def __post_init__(self):
+        check_regexes((regex for regex, _ in self.rules), "Storage")
         rules = tuple((regex, check_storage(value, "Storage", f"dtype for {regex!r}"))
                       for regex, value in self.rules)
         object.__setattr__(self, "rules", rules)
@@ -99,6 +104,9 @@ def check_storage(value: StorageLike, owner: str, argument: str) -> Storage | St
     if value is None or isinstance(value, Storage | StorageByPath):
         return value
     if isinstance(value, Mapping):
+        if not value or any(isinstance(one, Mapping | StorageByPath) for one in value.values()):
+            raise ValueError(f"{owner}: {argument}={value!r} is not accepted; give at least one "
+                             "regular expression, and a dtype or a Storage for each")
         check_regexes(value, owner)
         return StorageByPath(tuple((regex, check_storage(one, owner, argument))
                                    for regex, one in value.items()))
@@ -108,12 +116,12 @@ def check_storage(value: StorageLike, owner: str, argument: str) -> Storage | St
 def _checked_dtype(value: Any, owner: str, argument: str) -> np.dtype | None:
     if value is None:
         return None
-    try:
-        dtype = jnp.dtype(value)
-    except TypeError:
+    try:  # NumPy would evaluate the brackets in a name
+        dtype = None if isinstance(value, str) and not value.isidentifier() else jnp.dtype(value)
+    except (TypeError, ValueError, OverflowError):
         dtype = None
     if dtype is None or not (jnp.issubdtype(dtype, jnp.inexact) or dtype.name in CODES):
-        raise ValueError(f"{owner}: {argument}={value!r} is not accepted; give None for the "
+        raise ValueError(f"{owner}: {argument}={shown(value)} is not accepted; give None for the "
                          "parameter's own dtype, a floating-point dtype such as jnp.bfloat16 or "
                          "'float32', 'int8' or 'int4'")
     return dtype
@@ -137,6 +145,12 @@ def is_complex(array: Any) -> bool:
     return jnp.issubdtype(array.dtype, jnp.complexfloating)
 
 
+def promotion_for(*arrays: Any) -> AbstractContextManager[Any]:
+    """In what a complex array meets the real numbers of a step, also under strict promotion."""
+    is_mixed = any(array is not None and is_complex(array) for array in arrays)
+    return jax.numpy_dtype_promotion("standard") if is_mixed else contextlib.nullcontext()
+
+
 def zero_slot(param: jax.Array, dtype: StorageLike = None, *, nonnegative: bool = False) -> Any:
     """An all-zero slot of a parameter's shape and sharding, for `Rule.init`.
 
@@ -144,7 +158,7 @@ def zero_slot(param: jax.Array, dtype: StorageLike = None, *, nonnegative: bool 
       param: the parameter.
       dtype: how it is stored, as `Storage` takes it; None for the parameter's own dtype.
       nonnegative: whether its elements are never negative. Codes are then made for an average of
-        squares whose root is used.
+        squares whose root is used. Name the slot in `Rule.nonnegative`, too.
 
     Returns:
       An array, or a `QuantizedArray`.
@@ -171,60 +185,108 @@ def zero_slot(param: jax.Array, dtype: StorageLike = None, *, nonnegative: bool 
     return jnp.zeros_like(param, dtype=dtype)
 
 
-def load(array: Any, dtype: np.dtype) -> jax.Array:
+def load(array: Any, dtype: np.dtype, split: Split | None = None) -> jax.Array:
     """A stored array in the dtype of the arithmetic, or its complex one; integers stay."""
+    array = jax.tree.map(on_device, array)
     if is_quantized(array):
-        return array.decode(dtype)
+        return array.decode(dtype, split)
     if is_complex(array):
         return array.astype(jnp.complex128 if dtype == jnp.float64 else jnp.complex64)
     return array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array
 
 
-def loaded(tree: Any, dtype: np.dtype) -> Any:
+def on_device(array: jax.Array) -> jax.Array:
+    """An array that may be kept in the memory of the host."""
+    is_kept = memory_space(array) == jax.memory.Space.Host
+    return jax.device_put(array, jax.memory.Space.Device) if is_kept else array
+
+
+def aligned(update: Any, slots: Any, param: Any) -> tuple[Any, Any]:
+    """On an explicit mesh, the update and the parameter in the sharding of the slots.
+
+    Slots may be split further than their parameter. Without slots it is the update's.
+    """
+    shape = jnp.shape(param if update is None else update)
+    wanted = [x.codes if is_quantized(x) else x
+              for x in jax.tree.leaves(slots, is_leaf=is_quantized) if x.shape == shape]
+    like = next((x for x in (*wanted, update) if x is not None), param)
+    return sharded_as(update, like), sharded_as(param, like)
+
+
+def loaded(tree: Any, dtype: np.dtype, split: Split | None) -> Any:
     """The arrays of a tree, as `load` gives them."""
-    return jax.tree.map(functools.partial(load, dtype=dtype), tree, is_leaf=is_quantized)
+    return jax.tree.map(lambda array: load(array, dtype, split), tree, is_leaf=is_quantized)
 
 
-def _is_rounded(slot: Any) -> bool:
-    """Whether a new value of a slot is rounded to codes or to a float of at most 16 bits."""
-    return is_quantized(slot) or is_low_precision(slot.dtype)
+def are_rounded(slots: Any) -> list[bool]:
+    """Whether new values of slots are rounded to codes or to floats of at most 16 bits."""
+    return [is_quantized(slot) or is_low_precision(slot.dtype)
+            for slot in jax.tree.leaves(slots, is_leaf=is_quantized)]
 
 
-def store(value: jax.Array, old: Any, key: jax.Array | None = None) -> Any:
+def store(value: jax.Array, old: Any, key: jax.Array | None = None,
+          split: Split | None = None, nonnegative: bool = False) -> Any:
     """A new value in the dtype of the array that it replaces and, if types say it, its sharding.
 
     With a key codes and floats of at most 16 bits are rounded stochastically, else to the nearest.
+    Of a nonnegative array no positive number becomes 0.
     """
-    bits = random_bits(key, value) if key is not None and _is_rounded(old) else None
+    bits = random_bits(key, value, split) if key is not None and all(are_rounded(old)) else None
     if is_quantized(old):
-        return jax.tree.map(_sharded_as, encode(value, old.format, bits), old)
-    return _sharded_as(value.astype(old.dtype) if bits is None else
-                       rounded(value, old.dtype, bits), old)
+        return jax.tree.map(_kept_as, encode(value, old.format, bits, split), old)
+    dtype = jax.dtypes.canonicalize_dtype(old.dtype)  # of an array of NumPy, too
+    value = lifted(value, dtype) if nonnegative else value
+    return _kept_as(value.astype(dtype) if bits is None else rounded(value, dtype, bits), old)
 
 
-def _sharded_as(value: jax.Array, old: jax.Array) -> jax.Array:
-    sharding = explicit_sharding(old)
+def _kept_as(value: jax.Array, old: jax.Array) -> jax.Array:
+    value, space = sharded_as(value, old), memory_space(old)
+    return value if memory_space(value) == space else jax.device_put(value, space)
+
+
+def sharded_as(value: Any, like: Any) -> Any:
+    """On an explicit mesh, a value in the sharding of an array; any other value as it is."""
+    sharding = None if value is None or like is None else explicit_sharding(like)
     if sharding is not None and jax.typeof(value).sharding != sharding:
         return jax.sharding.reshard(value, sharding)
     return value
 
 
-def stored(new: Any, slots: Any, storage_of: Callable[[str], Storage | None], *numbers: Any) -> Any:
+def stored(new: Any, slots: Any, storage_of: Callable[[str], Storage | None],
+           split: Split | None, nonnegative: Sequence[str], *numbers: Any) -> Any:
     """The new slots of a rule for one leaf in place of the old; the numbers tell uses apart."""
     each = []
     for field, values, old in zip(new._fields, new, slots, strict=True):
+        _check_kinds(f"{type(new).__name__}.{field}", values, old)
         storage, key = storage_of(field) or Storage(), None
-        held = jax.tree.leaves(old, is_leaf=is_quantized)
-        if storage.rounding == "stochastic" and any(map(_is_rounded, held)):
+        if storage.rounding == "stochastic" and any(are_rounded(old)):
             key = key_of(storage.seed, len(each), *numbers)
-        each.append(jax.tree.map(functools.partial(store, key=key), values, old))
+        one = functools.partial(store, key=key, split=split, nonnegative=field in nonnegative)
+        each.append(jax.tree.map(one, values, old))
     return type(new)(*each)
+
+
+def _check_kinds(name: str, values: Any, old: Any) -> None:
+    """Refuses to store numbers in a slot that would lose their fractions or imaginary parts."""
+    pairs = zip(jax.tree.leaves(values), jax.tree.leaves(old, is_leaf=is_quantized), strict=False)
+    for value, slot in pairs:
+        if not is_quantized(slot) and _loses(value.dtype, slot.dtype):
+            raise TypeError(f"{name} has dtype {slot.dtype}, which cannot hold numbers of dtype "
+                            f"{value.dtype}; make the state with tx.init(params)")
+
+
+def _loses(new: Any, old: Any) -> bool:
+    """Whether numbers lose their fractions or imaginary parts in an array of another dtype."""
+    return any(jnp.issubdtype(new, kind) and not jnp.issubdtype(old, kind)
+               for kind in (jnp.inexact, jnp.complexfloating, jax.dtypes.extended))
 
 
 def in_place_of(value: Any, old: Any) -> Any:
     """A value, stored as the array that it replaces: its dtype, shape, sharding and container."""
 
     def one(array):
+        for codes in filter(is_quantized, (value, array)):
+            codes.check()
         if is_quantized(value) and is_quantized(array) and value.format == array.format:
             return jax.tree.map(_placed_as, value, array)  # the same codes
         numbers = value.decode() if is_quantized(value) else value
@@ -238,21 +300,34 @@ def in_place_of(value: Any, old: Any) -> Any:
 
 
 def _placed_as(value: Any, array: Any) -> jax.Array:
-    new, dtype = jnp.asarray(value), jnp.result_type(array)
+    try:
+        new, dtype, shape = jnp.asarray(value), jnp.result_type(array), jnp.shape(array)
+    except Exception as error:  # JAX has many for what is no array
+        raise TypeError(f"{shown(value)} cannot take the place of {shown(array)}: both must be "
+                        f"arrays of numbers ({error})") from None
     is_key = jnp.issubdtype(dtype, jax.dtypes.extended)
-    new = jnp.broadcast_to(new if is_key else new.astype(dtype), jnp.shape(array))
+    is_other = new.dtype != dtype if is_key else _loses(new.dtype, dtype)
+    fits = new.ndim <= len(shape) and all(
+        a in (1, b) for a, b in zip(new.shape[::-1], shape[::-1], strict=False))
+    if is_other or is_beyond(value) or not fits:
+        raise TypeError(f"{shown(value)} of dtype {new.dtype} and shape {new.shape} cannot take "
+                        f"the place of an array of dtype {dtype} and shape {shape}")
+    if not is_key:  # no slot becomes 0, by whose root a step divides
+        new = (new if new.dtype == dtype else lifted(new, dtype)).astype(dtype)
+    new = jnp.broadcast_to(new, shape)
     is_placed = isinstance(array, jax.Array) and not isinstance(array, Tracer)
     if is_placed and array.committed and not isinstance(new, Tracer):
         return jax.device_put(new, array.sharding)
     return new
 
 
-@jax.jit
+@Kept
 def _sum(param: jax.Array, update: jax.Array) -> jax.Array:
+    old = sharded_as(param, update)
     if not jnp.issubdtype(param.dtype, jnp.floating):
-        return store(param + update, param)
+        return store(old + update, param)
     dtype = compute_dtype(param, update)
-    return store(param.astype(dtype) + update.astype(dtype), param)
+    return store(old.astype(dtype) + update.astype(dtype), param)
 
 
 def add(param: Any, update: Any) -> Any:

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Shown", "Table", "in_bytes"]
+__all__ = ["Shown", "Table", "in_bytes", "shown"]
+
+LONGEST = 300  # characters of a value in an error
 
 
 @dataclass(frozen=True)
@@ -78,3 +80,12 @@ def in_bytes(number: float) -> str:
         number, power = number / 1000, power + 1
     unit = ("B", "kB", "MB", "GB", "TB")[power]
     return f"{number:.1f} {unit}" if power else f"{number:.0f} B"
+
+
+def shown(value: Any) -> str:
+    """How a value reads in an error, whatever it is."""
+    try:
+        text = repr(value)
+    except Exception:  # of an int with thousands of digits, or a class of the user's own
+        return f"a {type(value).__name__}"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."

@@ -1,10 +1,13 @@
 """What users hold: `Transformation`, Optax's contract around a definition."""
 
+import contextlib
 import dataclasses
 import difflib
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import jax
@@ -14,11 +17,15 @@ import optax
 
 from lionax.core import engine, storage
 from lionax.core.definition import Foreign, nested
+from lionax.core.placement import as_structs, on_mesh_of, own_buffers
 from lionax.core.rule import Definition
-from lionax.core.state import State, init_state
+from lionax.core.state import State, explained, init_state
+from lionax.core.table import shown
 from lionax.core.tree import is_placeholder
 
 __all__ = ["Transformation", "apply_updates", "constructor"]
+
+OWN = re.compile(r"[\w.]+: ")  # lionax's errors begin with the name of what refuses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +38,11 @@ class _Init:
     given: Any = dataclasses.field(default=None, compare=False)  # and its arguments by name
 
     def __call__(self, params: Any) -> Any:
-        return init_state(self.definition, params)
+        with _context(self.definition):
+            if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
+                init = functools.partial(init_state, self.definition)
+                return as_structs(jax.eval_shape(init, params), params)
+            return on_mesh_of(params, own_buffers(init_state(self.definition, params), params))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +55,9 @@ class _Update:
                  **extra: Any) -> tuple[Any, State]:
         if updates is None:
             return None, state
-        return engine.update(self.definition, updates, state, params, extra)
+        like = updates if params is None else params
+        with _context(self.definition), explained(self.definition, state, like):
+            return engine.update(self.definition, updates, state, params, extra)
 
 
 class Transformation(optax.GradientTransformationExtraArgs):
@@ -107,7 +120,8 @@ class Transformation(optax.GradientTransformationExtraArgs):
             raise ValueError(f"{self!r}: step needs the parameters, which it returns anew; without "
                              "them, call update(grads, state)")
         _check_keywords(self.definition, extra)
-        return engine.step(self.definition, params, state, grads, extra)
+        with _context(self.definition), explained(self.definition, state, params):
+            return engine.step(self.definition, params, state, grads, extra)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"{self!r} is a constant: {name} cannot be assigned. Make another "
@@ -121,6 +135,12 @@ class Transformation(optax.GradientTransformationExtraArgs):
 
     def __repr__(self) -> str:
         return getattr(self.init, "call", "") or f"Transformation.of({self.definition!r})"
+
+
+def _context(definition: Any) -> AbstractContextManager[Any]:
+    """In what the engine runs; it refuses what is no definition."""
+    is_known = isinstance(definition, Definition)
+    return definition.context() if is_known else contextlib.nullcontext()
 
 
 def _check_keywords(definition: Definition, extra: dict[str, Any]) -> None:
@@ -146,8 +166,16 @@ def constructor(function: Callable[..., Transformation]) -> Callable[..., Transf
         except TypeError as error:
             raise TypeError(f"{function.__name__}: {error}; the signature is "
                             f"{function.__name__}{_names(signature)}") from None
-        definition = function(*args, **kwargs).definition
-        call = f"{function.__name__}({', '.join(_arguments(signature, given))})"
+        try:
+            definition = function(*args, **kwargs).definition
+            call = f"{function.__name__}({', '.join(_arguments(signature, given))})"
+        except Exception as error:
+            if isinstance(error, TypeError | ValueError) and OWN.match(str(error)):
+                raise
+            kind = ValueError if isinstance(error, ValueError) else TypeError
+            what = ", ".join(f"{name}={shown(value)}" for name, value in given.items())
+            raise kind(f"{function.__name__}: {what} is not accepted: {error}; the signature is "
+                       f"{function.__name__}{_names(signature)}") from error
         init = _Init(definition, call, construct, dict(given))
         return Transformation(cast(Any, init), cast(Any, _Update(definition)))
 

@@ -5,9 +5,11 @@ NamedTuples, dataclasses, lists, Flax NNX states and Equinox modules all give th
 so a mask written for one matches another.
 """
 
+import contextlib
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,16 +17,64 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import GetAttrKey
 
+from lionax.core.internals import Tracer
 from lionax.core.quantized import is_quantized
+from lionax.core.varying import Split, axes_of, is_unchecked
 
-__all__ = ["Keys", "Leaves", "check_structures", "is_float0", "is_placeholder", "keyed_leaves",
-           "named_leaves", "paths", "placeholder", "present_arrays"]
+__all__ = ["Keys", "Leaves", "check_structures", "is_beyond", "is_float0", "is_placeholder",
+           "keyed_leaves", "named_leaves", "named_specs", "paths", "placeholder", "split_of",
+           "splitting"]
 
 Keys = tuple[str, ...]
 """The parts of a leaf's path."""
+
+Specs = tuple[tuple[Keys, tuple[tuple[str, ...], ...]], ...]
+"""The first parts of leaves' paths and, for each axis, the mesh axes over which it is split."""
+
+_specs: ContextVar[Specs] = ContextVar("specs", default=())
+
+
+@contextlib.contextmanager
+def splitting(specs: Specs) -> Iterator[None]:
+    """Inside of it `Leaves` know by their paths how they are split."""
+    token = _specs.set(specs)
+    try:
+        yield
+    finally:
+        _specs.reset(token)
+
+
+def named_specs(specs: Any, owner: str) -> Specs:
+    """A tree of specs, flattened; refuses what is none."""
+    keys, values, _ = keyed_leaves(specs)
+    for path, value in zip(keys, values, strict=True):
+        if not isinstance(value, PartitionSpec | NamedSharding) and value is not None:
+            raise TypeError(f"{owner}: specs has {value!r} at {'/'.join(path)!r}; give a "
+                            "PartitionSpec or a NamedSharding for each parameter, or for a node "
+                            "above several")
+    return tuple((path, axes_of(getattr(value, "spec", value)))
+                 for path, value in zip(keys, values, strict=True) if value is not None)
+
+
+def split_of(specs: Specs, path: Keys, owner: str) -> tuple[tuple[str, ...], ...]:
+    """For each axis of a leaf the mesh axes over which it is split."""
+    for first, axes in specs:
+        if path[:len(first)] == first:
+            return axes
+    raise ValueError(f"{owner}: there is no PartitionSpec for {'/'.join(path)!r}; give one for "
+                     "each parameter, or for a node above several")
+
+
+def _splits(keys: Sequence[Keys], leaves: Sequence[Any]) -> list[Split | None]:
+    specs = _specs.get()
+    if not specs:
+        return [None] * len(keys)
+    return [None if is_placeholder(leaf) else
+            Split.of(split_of(specs, path, "sharded"), leaf.ndim)
+            for path, leaf in zip(keys, leaves, strict=True)]
 
 
 def is_placeholder(leaf: Any) -> bool:
@@ -35,6 +85,13 @@ def is_placeholder(leaf: Any) -> bool:
 def is_float0(leaf: Any) -> bool:
     """Whether a leaf is the gradient that JAX gives to an integer input."""
     return getattr(leaf, "dtype", None) == jax.dtypes.float0
+
+
+def is_beyond(leaf: Any) -> bool:
+    """Whether JAX would wrap an integer of NumPy around: without x64 it takes 2^32 for 0."""
+    is_integer = isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "iu"
+    return is_integer and bool((leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype)) != leaf)
+                               .any())
 
 
 def placeholder(leaf: Any) -> Any:
@@ -90,13 +147,15 @@ class Leaves:
     values: list[Any]  # arrays and placeholders
     treedef: Any
     params: Any  # as the caller gave them, or the updates if not; for masks that are functions
+    splits: list[Split | None]  # inside of shard_map, where `sharded` says them
 
     @classmethod
     def of(cls, tree: Any, params: Any) -> "Leaves":
         """Flattens a tree; numbers and NumPy arrays become JAX arrays."""
         keys, values, treedef = keyed_leaves(tree)
         values = [_as_array(value, path) for value, path in zip(values, keys, strict=True)]
-        return cls(keys, values, treedef, tree if params is None else params)
+        return cls(keys, values, treedef, tree if params is None else params,
+                   _splits(keys, values))
 
     @functools.cached_property
     def paths(self) -> list[str]:
@@ -122,8 +181,18 @@ class Leaves:
             return extra
         return self.tree(values, active)
 
+    def check_sum(self, owner: str, which: Iterable[int]) -> None:
+        """Refuses a sum over leaves of which nothing says how they are split over the devices."""
+        unknown = [leaf for leaf in which if self.splits[leaf] is None]
+        if unknown and is_unchecked():
+            raise ValueError(
+                f"{owner}: inside of shard_map(check_vma=False) and of pmap types do not say over "
+                f"which mesh axes {self.paths[unknown[0]]!r} is split, so a sum over it would be "
+                "that of one device; leave check_vma=True, or say it: lionax.sharded(tx, specs)")
+
     def check_devices(self, arrays: Sequence[Any], active: Sequence[bool], owner: str) -> None:
         """Refuses a sum over leaves that were put on different devices by hand."""
+        self.check_sum(owner, [leaf for leaf, here in enumerate(active) if here])
         columns = zip(self.paths, arrays, active, strict=True)
         places = {path: array.devices() for path, array, here in columns
                   if here and not isinstance(array, Tracer) and array.committed}
@@ -143,12 +212,6 @@ def _as_array(leaf: Any, path: Keys) -> Any:
         return jnp.asarray(leaf)
     raise TypeError(f"the leaf {'/'.join(path)!r} is {leaf!r}, not an array; keep only arrays in "
                     "the tree (with Equinox: eqx.filter(model, eqx.is_inexact_array))")
-
-
-def present_arrays(tree: Any) -> list[jax.Array]:
-    """The arrays of a tree, without placeholders and float0."""
-    leaves = Leaves.of(tree, None)
-    return [value for value, here in zip(leaves.values, leaves.present, strict=True) if here]
 
 
 def check_structures(grads: Leaves, params: Leaves) -> None:

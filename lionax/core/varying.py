@@ -1,20 +1,58 @@
-"""What JAX keeps in the type of a value: the mesh axes over which it differs, its sharding."""
+"""What is known of an array on a mesh: how it is split, over which axes it varies, its sharding."""
 
+import dataclasses
 import math
 from typing import Any
 
 import jax
-from jax.core import ShapedArray
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-__all__ = ["explicit_sharding", "is_unchecked", "number_of_elements", "varying_axes"]
+from lionax.core.internals import ShapedArray, manual_axes, varying_of
+
+__all__ = ["Split", "axes_of", "explicit_sharding", "is_unchecked", "number_of_elements",
+           "summed_axes", "varying_axes"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Over which mesh axes each axis of a leaf is split inside of ``shard_map``."""
+
+    axes: tuple[tuple[str, ...], ...]
+
+    @classmethod
+    def of(cls, axes: tuple[tuple[str, ...], ...], ndim: int) -> "Split | None":
+        """The split over those axes of the mesh that are ``shard_map``'s; None outside of it."""
+        manual = manual_axes()
+        each = (*axes, *[()] * ndim)[:ndim]
+        return cls(tuple(tuple(x for x in names if x in manual) for names in each)) if (
+            manual) else None
+
+    def whole(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the leaf of which a shard has this shape."""
+        return tuple(n * math.prod(map(jax.lax.axis_size, names))
+                     for n, names in zip(shape, self.axes, strict=True))
+
+    def start(self, axis: int, length: int) -> jax.Array | int:
+        """Where a shard of this length begins along an axis of the leaf."""
+        names = self.axes[axis]
+        return jax.lax.axis_index(names) * length if names else 0
+
+
+def axes_of(spec: PartitionSpec) -> tuple[tuple[str, ...], ...]:
+    """The mesh axes of each entry of a spec."""
+    return tuple(entry if isinstance(entry, tuple) else () if entry is None else (str(entry),)
+                 for entry in spec)
 
 
 def varying_axes(x: Any) -> frozenset[str]:
     """The mesh axes over which an array or a type varies; none outside of ``shard_map``."""
-    aval = x if isinstance(x, ShapedArray) else jax.typeof(x)
-    manual = getattr(aval, "manual_axis_type", None)
-    return frozenset(manual.varying if manual is not None else getattr(aval, "vma", ()))
+    return varying_of(x if isinstance(x, ShapedArray) else jax.typeof(x))
+
+
+def summed_axes(x: Any, split: Split | None = None) -> tuple[str, ...]:
+    """The mesh axes over which the elements of a leaf lie: of its split, else of its type."""
+    axes = varying_axes(x) if split is None else {axis for names in split.axes for axis in names}
+    return tuple(sorted(axes))
 
 
 def explicit_sharding(x: Any) -> NamedSharding | None:
@@ -25,10 +63,9 @@ def explicit_sharding(x: Any) -> NamedSharding | None:
 
 def is_unchecked() -> bool:
     """Whether types do not say what varies: inside of ``shard_map(check_vma=False)``."""
-    axes = jax.sharding.get_abstract_mesh().manual_axes
-    return any(not varying_axes(jax.lax.axis_index(axis)) for axis in axes)
+    return any(not varying_axes(jax.lax.axis_index(axis)) for axis in manual_axes())
 
 
-def number_of_elements(x: jax.Array) -> int:
-    """The number of elements of an array on all devices."""
-    return math.prod([x.size, *map(jax.lax.axis_size, varying_axes(x))])
+def number_of_elements(x: jax.Array, split: Split | None = None) -> int:
+    """The number of elements of a leaf on all devices."""
+    return math.prod([x.size, *map(jax.lax.axis_size, summed_axes(x, split))])

@@ -13,7 +13,7 @@ import jax
 import optax
 
 from lionax.core.tree import Leaves, check_structures
-from lionax.frameworks.contract import as_lionax, own_buffers
+from lionax.frameworks.contract import as_lionax
 
 try:
     import equinox as eqx
@@ -44,7 +44,7 @@ def init(tx: optax.GradientTransformation, model: Any) -> Any:
     0
     """
     params = eqx.filter(model, eqx.is_inexact_array)
-    return own_buffers(as_lionax(tx).init(params), model)
+    return as_lionax(tx).init(params)
 
 
 def step(tx: optax.GradientTransformation, model: M, state: Any, grads: Any,

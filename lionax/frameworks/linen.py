@@ -12,7 +12,7 @@ from typing import Any, Self, cast
 import optax
 
 from lionax.core.state import State
-from lionax.frameworks.contract import as_lionax, own_buffers
+from lionax.frameworks.contract import as_lionax
 
 try:
     from flax import core
@@ -53,7 +53,7 @@ class TrainState(train_state.TrainState):
           **kwargs: the fields of a subclass.
         """
         transformation = as_lionax(tx)
-        state = own_buffers(transformation.init(_stepped(params)), params)
+        state = transformation.init(_stepped(params))
         return cls(step=0, apply_fn=apply_fn, params=params, tx=transformation, opt_state=state,
                    **kwargs)
 

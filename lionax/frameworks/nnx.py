@@ -18,15 +18,24 @@ from typing import Any, TypeVar
 import jax
 import optax
 
+from lionax.core.placement import on_mesh_of
 from lionax.core.tree import named_leaves
-from lionax.frameworks.contract import as_lionax, own_buffers
+from lionax.frameworks.contract import as_lionax
+from lionax.sharding import state_sharding
 
 try:
     from flax import nnx
 except ImportError as error:
     raise ImportError('lionax.frameworks.nnx needs Flax: pip install "lionax[flax]"') from error
 
-from lionax.frameworks.nnx_variables import is_variable, placed, unwrapped
+from lionax.frameworks.nnx_variables import (
+    check_no_optimizer_sharding,
+    constrained,
+    is_variable,
+    placed,
+    unwrapped,
+    without_shardings,
+)
 
 __all__ = ["Optimizer"]
 
@@ -50,6 +59,13 @@ class Optimizer(nnx.Optimizer[M]):
       wrt: the filter of the variables to train, as in ``nnx.grad``; ``nnx.LoRAParam`` for adapters
         alone.
       graph: whether modules are graphs, with shared variables; where Flax has that argument.
+      zero_axis: a mesh axis over which the state is split further than the parameters (ZeRO,
+        stage 1), as `lionax.state_sharding` lays it out. A step then keeps the shardings that
+        parameters and state have here. The slots have no metadata of shardings.
+
+    Raises:
+      ValueError: for a ``zero_axis`` that `lionax.state_sharding` refuses, and beside the metadata
+        ``optimizer_sharding``.
 
     >>> import jax.numpy as jnp, lionax
     >>> from flax import nnx
@@ -62,16 +78,26 @@ class Optimizer(nnx.Optimizer[M]):
     """
 
     def __init__(self, model: M, tx: optax.GradientTransformation, *,
-                 wrt: nnx.filterlib.Filter, graph: bool | None = None):
+                 wrt: nnx.filterlib.Filter, graph: bool | None = None,
+                 zero_axis: str | None = None):
         transformation = as_lionax(tx)
 
         def init(params: Any) -> Any:
-            return unwrapped(own_buffers(transformation.init(params), params))
+            if zero_axis is None:
+                return unwrapped(transformation.init(params))
+            check_no_optimizer_sharding(params)
+            shardings = state_sharding(transformation, params, zero_axis)
+            state = jax.jit(transformation.init, out_shardings=shardings)(params)
+            return without_shardings(unwrapped(state))
 
         shown = optax.GradientTransformation(init, transformation.update)
         super().__init__(model, shown, wrt=wrt, **({} if graph is None else {"graph": graph}))
         self.tx = transformation
-        self.paths = tuple(named_leaves(nnx.as_pure(self._selected(model)))[0])
+        params = nnx.as_pure(self._selected(model))
+        self.step.set_value(on_mesh_of(params, self.step[...]))
+        self.paths = tuple(named_leaves(params)[0])
+        self.shardings = None if zero_axis is None else tuple(
+            array.sharding for array in jax.tree.leaves((params, nnx.as_pure(self.opt_state))))
 
     def update(  # pyright: ignore[reportIncompatibleMethodOverride]  # there are no updates
             self, model: M, grads: Any, /, **extra: Any) -> None:
@@ -96,6 +122,8 @@ class Optimizer(nnx.Optimizer[M]):
         self._check(grads, "gradients", f"take them with argnums=nnx.DiffState(0, {self.wrt!r})")
         arrays = nnx.as_pure(self.opt_state)
         params, arrays = self.tx.step(params, arrays, grads, **nnx.as_pure(extra))
+        if self.shardings is not None:
+            params, arrays = constrained((params, arrays), self.shardings)
         nnx.update(model, jax.tree.map(placed, variables, params, is_leaf=is_variable))
         jax.tree.map(lambda variable, array: nnx.update(variable, placed(variable, array)),
                      self.opt_state, arrays, is_leaf=is_variable)

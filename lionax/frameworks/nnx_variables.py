@@ -8,9 +8,10 @@ from flax import nnx
 from flax.core import spmd
 
 from lionax.core.quantized import is_quantized
-from lionax.core.tree import is_placeholder
+from lionax.core.tree import is_placeholder, paths
 
-__all__ = ["is_variable", "placed", "unwrapped"]
+__all__ = ["check_no_optimizer_sharding", "constrained", "is_variable", "placed", "unwrapped",
+           "without_shardings"]
 
 
 def is_variable(node: Any) -> bool:
@@ -51,6 +52,29 @@ def placed(variable: Any, value: Any) -> Any:
     if mesh.empty or not (mesh.are_all_axes_auto or mesh.are_all_axes_explicit):
         return value  # no mesh to place it on, or inside of shard_map
     return spmd.shard_value(value, sharding, variable.get_metadata("sharding_rules", None), mesh)
+
+
+def constrained(tree: Any, shardings: tuple[jax.sharding.Sharding, ...]) -> Any:
+    """The arrays of a tree, each with its sharding."""
+    arrays, treedef = jax.tree.flatten(tree)
+    return treedef.unflatten(map(jax.lax.with_sharding_constraint, arrays, shardings))
+
+
+def without_shardings(state: Any) -> Any:
+    """The state, whose variables say nothing of shardings, so that Flax leaves the arrays alone."""
+    return jax.tree.map(lambda node: _without_sharding(node) if is_variable(node) else node, state,
+                        is_leaf=is_variable)
+
+
+def check_no_optimizer_sharding(params: Any) -> None:
+    """Refuses metadata that say how the slots are split."""
+    variables = jax.tree.leaves(params, is_leaf=is_variable)
+    for path, variable in zip(paths(nnx.as_pure(params)), variables, strict=True):
+        sharding = variable.get_metadata("optimizer_sharding", None)
+        if sharding is not None:
+            raise ValueError(f"nnx.Optimizer: zero_axis= and the metadata of {path!r}, "
+                             f"optimizer_sharding={sharding!r}, both say how its slots are split; "
+                             "leave one of them away")
 
 
 def _is_split(variable: Any) -> bool:

@@ -7,13 +7,21 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.core import Tracer
 
+from lionax.core.counting import next_count
 from lionax.core.definition import Conditional
 from lionax.core.hyperparameters import Interval, check_count, check_scalar, value_at
+from lionax.core.internals import Tracer
+from lionax.core.programs import Kept
 from lionax.core.rule import Definition
 from lionax.core.state import State, init_state
-from lionax.core.storage import accumulator_dtype, store, zero_slot
+from lionax.core.storage import (
+    accumulator_dtype,
+    on_device,
+    sharded_as,
+    store,
+    zero_slot,
+)
 from lionax.core.transformation import Transformation, constructor
 from lionax.core.tree import is_placeholder
 from lionax.transforms.combining import definition_of
@@ -64,18 +72,19 @@ class Accumulate(Conditional):
         is_bool = isinstance(flush, bool) or getattr(flush, "dtype", None) == jnp.bool_
         if not is_bool or jnp.shape(flush) != ():
             raise TypeError(f"accumulate: flush={flush!r} is not accepted; give one bool")
-        due = (state.calls + 1 >= every) | flush
+        due = jnp.asarray(next_count(state.calls) >= every) | flush
         weight = _checked_weight(extra.get("weight", 1.0))
         total = state.weight + weight
         factor = jnp.where(due & (total != 0), 1 / total, 1.0)
-        sums = jax.tree.map(lambda grad, old, live: _added(grad, old, live, weight, factor),
-                            updates, state.gradients, state.live, is_leaf=is_placeholder)
+        sums = jax.tree.map(
+            lambda grad, old, live: old if is_placeholder(old) else _added(
+                grad, old, live, weight, factor),
+            updates, state.gradients, state.live, is_leaf=is_placeholder)
         return params, state._replace(weight=total, gradients=sums), due
 
     def inner_updates(self, updates: Any, state: AccumulateState) -> Any:
-        return jax.tree.map(
-            lambda grad, mean: grad if is_placeholder(grad) else mean.astype(grad.dtype),
-            updates, state.gradients, is_leaf=is_placeholder)
+        return jax.tree.map(lambda grad, mean: grad if is_placeholder(grad) else mean,
+                            updates, state.gradients, is_leaf=is_placeholder)
 
     def accepts(self, updates: Any, state: AccumulateState, params: Any,
                 extra: Mapping[str, Any]) -> jax.Array:
@@ -88,10 +97,10 @@ class Accumulate(Conditional):
         live = jax.tree.map(lambda grad, x: x if is_placeholder(grad) else jnp.zeros_like(x) +
                             is_live, updates, state.live, is_leaf=is_placeholder)
         return state._replace(
-            calls=jnp.where(due, 0, state.calls + 1),
-            windows=state.windows + due.astype(jnp.int32), weight=jnp.where(due, 0.0, state.weight),
+            calls=jnp.where(due, 0, next_count(state.calls)),
+            windows=next_count(state.windows, due), weight=jnp.where(due, 0.0, state.weight),
             live=live,
-            dropped=state.dropped + (due & ~accepted & (state.weight != 0)).astype(jnp.int32))
+            dropped=next_count(state.dropped, due & ~accepted & (state.weight != 0)))
 
 
 def _checked_weight(weight: Any) -> jax.Array:
@@ -107,17 +116,16 @@ def live_sum(total: Any, live: Any) -> Any:
     return jnp.where(live == 0, jnp.zeros_like(total), total)
 
 
-@jax.jit
+@Kept
 def _added(grad: Any, total: Any, live: Any, weight: jax.Array, factor: jax.Array) -> Any:
     """A sum, 0 if it was used, with one gradient more; the factor makes it the mean."""
-    if is_placeholder(total):
-        return total
-    kept = live_sum(total, live)
+    kept = live_sum(on_device(total), live)
     if is_placeholder(grad):
         return kept
     # The mean takes the place of the sum: as a further array it would be kept for the inner norms.
     # What has no weight is left out, also NaN.
-    term = jnp.where(weight == 0, 0.0, grad.astype(total.dtype)) * weight.astype(total.dtype)
+    grad = sharded_as(grad, total).astype(total.dtype)
+    term = jnp.where(weight == 0, 0.0, grad) * weight.astype(total.dtype)
     return store((kept + term) * factor.astype(total.dtype), total)
 
 
@@ -128,9 +136,9 @@ def accumulate(tx: optax.GradientTransformation,
 
         g = Σ_i w_i·g_i / Σ_i w_i
 
-    The sums are in float32, for float64 leaves in float64. The weight ``w_i`` is 1, or what the
-    call got as ``weight=``: the number of examples, for uneven micro-batches. A micro-batch of
-    weight 0 is left out, whatever its gradient; a window of weight 0 takes no step.
+    The sums and the mean are in float32, for float64 leaves in float64. The weight ``w_i`` is 1, or
+    what the call got as ``weight=``: the number of examples, for uneven micro-batches. A
+    micro-batch of weight 0 is left out, whatever its gradient; a window of weight 0 takes no step.
 
     All calls of a window but the last return updates of zero. With ``flush=True``, also a traced
     bool, a call is the last of its window. The inner step count, and so its schedules, advance once

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from lionax.core.hyperparameters import Scalar, scalar
 from lionax.core.masks import Mask
+from lionax.core.norms import factors
 from lionax.core.rule import Applied, Rule, Step
 from lionax.core.storage import StorageLike, is_complex, zero_slot
 from lionax.core.transformation import Transformation, constructor
@@ -30,6 +31,8 @@ class ScaleByAdamState(NamedTuple):
 class ScaleByAdam(Rule):
     """The rule of `scale_by_adam`."""
 
+    nonnegative: ClassVar = ("nu",)
+
     b1: Scalar = scalar(0.9, low=0, high=1, open_high=True)
     b2: Scalar = scalar(0.999, low=0, high=1, open_high=True)
     eps: Scalar = scalar(1e-8, low=0)
@@ -48,8 +51,9 @@ class ScaleByAdam(Rule):
     def prepare(self, count: jax.Array, dtype: Any) -> Any:
         if not self.bias_correction:
             return 1.0, 1.0, 1.0
-        of_mu, of_nu = (debiasing(beta, count + 1, dtype) for beta in (self.b1, self.b2))
-        return of_mu, debiasing(self.b1, count + 2, dtype) if self.nesterov else None, of_nu
+        steps = count.astype(dtype) + 1  # which no int32 may hold
+        of_mu, of_nu = (debiasing(beta, steps, dtype) for beta in (self.b1, self.b2))
+        return of_mu, debiasing(self.b1, steps + 1, dtype) if self.nesterov else None, of_nu
 
     def apply(self, update: jax.Array, slots: ScaleByAdamState, param: Any, step: Step) -> Applied:
         of_mu, of_next_mu, of_nu = step.shared
@@ -132,9 +136,12 @@ class ScaleByTrustRatio(Rule):
         # Both are replaced, not their ratio, whose derivative would be NaN where it is not used.
         dividend = jnp.where(both_positive, self.trust_coefficient * param_norm, 1.0)
         divisor = jnp.where(both_positive, update_norm + self.eps, 1.0)
-        ratio = dividend / divisor
-        return update * (ratio if self.max_ratio is None else
-                         jnp.minimum(ratio, self.max_ratio)), slots
+        if self.max_ratio is not None:
+            is_bounded = dividend / divisor > self.max_ratio
+            dividend = jnp.where(is_bounded, self.max_ratio, dividend)
+            divisor = jnp.where(is_bounded, 1.0, divisor)
+        first, second = factors(dividend, divisor)
+        return update * first * second, slots
 
 
 @constructor

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lionax.core.counting import next_count
 from lionax.core.hyperparameters import Interval, Scalar, check_count, scalar
 from lionax.core.rule import Applied, Observer, Step
 from lionax.core.storage import accumulator_dtype
@@ -47,14 +48,14 @@ class ParamsEma(Observer):
 
     def prepare(self, count: jax.Array, dtype: Any) -> Any:
         weight = 1.0 - self.decay
-        return weight / share_of(weight, count + 1, dtype) if self.debias else weight
+        return weight / share_of(weight, count.astype(dtype) + 1, dtype) if self.debias else weight
 
     def apply(self, update: Any, slots: ParamsEmaState, param: Any, step: Step) -> Applied:
         if update is None:
             return None, slots
         average = moved(slots.params_ema, param + update, step.shared)
         if self.overwrite_every is not None:
-            due = (step.count + 1) % self.overwrite_every == 0
+            due = next_count(step.count) % self.overwrite_every == 0
             update = jnp.where(due, average - param, update)
         return update, ParamsEmaState(params_ema=average)
 
@@ -72,7 +73,8 @@ def params_ema(decay: Scalar, overwrite_every: int | None = None,
 
     Args:
       decay: in [0, 1], below 1 with ``debias``; without it also a schedule, to warm up.
-      overwrite_every: after every so many steps the parameters are set to their average; or None.
+      overwrite_every: after every so many steps the parameters are set to their average, up to
+        2³¹ - 1 steps; or None.
       debias: whether to correct for the start.
 
     Raises:

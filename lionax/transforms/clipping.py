@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lionax.core.hyperparameters import Scalar, scalar
+from lionax.core.norms import factors
 from lionax.core.rule import Applied, Rule, Step
 from lionax.core.transformation import Transformation, constructor
 
@@ -59,7 +60,8 @@ class ClipByNorm(Rule):
         # limit, NaN for a norm of NaN, and has a derivative at a norm of 0.
         numbers = jnp.finfo(norm.dtype)
         limit = jnp.minimum(jnp.asarray(self.max_norm, norm.dtype), numbers.max)
-        return update * (limit / jnp.maximum(norm, jnp.maximum(limit, numbers.tiny))), slots
+        first, second = factors(limit, jnp.maximum(norm, jnp.maximum(limit, numbers.tiny)))
+        return update * first * second, slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +96,7 @@ def clip_by_global_norm(max_norm: Scalar) -> Transformation:
     underflow. On a mesh it is that of the whole tree: inside ``shard_map`` the sum runs over the
     axes on which a leaf varies, which JAX knows unless ``check_vma=False``. With a NaN all updates
     are NaN; with an inf it becomes NaN and the others 0. `skip_nonfinite` leaves such steps out.
+    A norm above the largest float is that float.
 
     Args:
       max_norm: at least 0, else a ValueError.

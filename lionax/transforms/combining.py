@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lionax.core.definition import Combination, Foreign, Member
+from lionax.core.definition import Combination, Foreign, Member, OfOne, Sharded
 from lionax.core.masks import Mask, freeze, select
 from lionax.core.rule import Applied, Definition, Rule, Step
 from lionax.core.transformation import Transformation, constructor
@@ -23,6 +23,9 @@ __all__ = ["Chain", "Identity", "Masked", "NamedChain", "Partition", "SetToZero"
 def definition_of(tx: Any, owner: str) -> Definition:
     """What a transformation is made of; refuses what is not one."""
     if isinstance(tx, Transformation):
+        if isinstance(tx.definition, Sharded):
+            raise TypeError(f"{owner}: a sharded inside of it would not say how its own leaves are "
+                            f"split; write sharded({owner}(...), specs)")
         return tx.definition
     if callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None)):
         return Foreign(tx)
@@ -121,7 +124,7 @@ def named_chain(*transformations: tuple[str, optax.GradientTransformation]) -> T
 
 
 @dataclasses.dataclass(frozen=True)
-class Masked(Combination):
+class Masked(OfOne):
     """A definition that acts on the leaves of a mask. Its state is that of the definition."""
 
     part: Definition
@@ -130,12 +133,6 @@ class Masked(Combination):
 
     def members(self, leaves: Leaves) -> list[Member]:
         return [Member(self.part, select(leaves, self.mask, bool, self.owner, "mask"))]
-
-    def pack(self, states: list[Any]) -> Any:
-        return states[0]
-
-    def unpack(self, state: Any) -> Sequence[Any]:
-        return [state]
 
 
 def restrict(rule: Rule, mask: Mask, owner: str) -> Transformation:

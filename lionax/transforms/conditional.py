@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lionax.core.counting import next_count
 from lionax.core.definition import Conditional, nested
 from lionax.core.hyperparameters import Interval, Scalar, check_count, check_scalar, scalar
+from lionax.core.programs import Kept
 from lionax.core.rule import Applied, Definition, Rule, Step
 from lionax.core.state import State, init_state
-from lionax.core.storage import compute_dtype, load
+from lionax.core.storage import compute_dtype, load, promotion_for
 from lionax.core.transformation import Transformation, constructor
 from lionax.transforms.combining import definition_of
 
@@ -99,14 +101,18 @@ class SkipIf(Conditional):
                 extra: Mapping[str, Any]) -> jax.Array:
         if self.predicate is None:
             return super().accepts(updates, state, params, extra)
-        skips = self.predicate(updates, params, **extra)
+        try:
+            skips = self.predicate(updates, params, **extra)
+        except TypeError as error:
+            raise TypeError(f"skip_if: predicate={self.predicate!r} fails on the updates, the "
+                            f"parameters and the extra arguments {list(extra)}: {error}") from error
         if jnp.shape(skips) != ():
             raise TypeError(f"skip_if: the predicate must return one bool; got {skips!r}")
         return ~jnp.asarray(skips, bool)
 
     def close(self, updates: Any, state: SkipState, due: Any, accepted: jax.Array) -> SkipState:
-        return state._replace(consecutive=jnp.where(accepted, 0, state.consecutive + 1),
-                              skipped=state.skipped + (~accepted).astype(jnp.int32))
+        return state._replace(consecutive=jnp.where(accepted, 0, next_count(state.consecutive)),
+                              skipped=next_count(state.skipped, ~accepted))
 
     def poisons(self, state: SkipState) -> jax.Array | bool:
         return self.max_consecutive is not None and state.consecutive >= self.max_consecutive
@@ -141,7 +147,8 @@ def skip_nonfinite(tx: optax.GradientTransformation, max_consecutive: int) -> Tr
     """Skips steps whose gradients have a NaN or an infinite element, as `skip_if`.
 
     All devices decide alike. After ``max_consecutive`` skipped steps in a row the updates are NaN,
-    so that a lost run shows. The inner state never takes a NaN: it is good to restart from.
+    so that a lost run shows. The inner state takes none of the gradients' NaN: it is good to
+    restart from. What overflows inside, such as Adam's square of 1e30, is not seen: clip before it.
 
     Args:
       tx: what runs otherwise; lionax's or Optax's.
@@ -200,21 +207,30 @@ class DynamicLossScale(Conditional):
     def inner_updates(self, updates: Any, state: DynamicLossScaleState) -> Any:
         return jax.tree.map(lambda u: _unscaled(u, state.loss_scale), updates)
 
+    def accepts(self, updates: Any, state: DynamicLossScaleState, params: Any,
+                extra: Mapping[str, Any]) -> jax.Array:
+        # A finite gradient may overflow here, where the scale is below 1.
+        if min(self.initial_scale, self.min_scale) < 1:
+            updates = self.inner_updates(updates, state)
+        return super().accepts(updates, state, params, extra)
+
     def close(self, updates: Any, state: DynamicLossScaleState, due: Any,
               accepted: jax.Array) -> DynamicLossScaleState:
-        grows = state.good_steps + 1 >= self.growth_interval
+        good_steps = next_count(state.good_steps)
+        grows = good_steps >= self.growth_interval
         larger = jnp.where(grows, state.loss_scale * self.growth_factor, state.loss_scale)
         smaller = jnp.maximum(state.loss_scale * self.backoff_factor, self.min_scale)
         return state._replace(
             loss_scale=jnp.where(accepted, jnp.minimum(larger, self.max_scale), smaller),
-            good_steps=jnp.where(accepted & ~grows, state.good_steps + 1, 0),
-            skipped=state.skipped + (~accepted).astype(jnp.int32))
+            good_steps=jnp.where(accepted & ~grows, good_steps, 0),
+            skipped=next_count(state.skipped, ~accepted))
 
 
-@jax.jit
+@Kept
 def _unscaled(update: jax.Array, loss_scale: jax.Array) -> jax.Array:
     dtype = compute_dtype(update)
-    return load(update, dtype) * (1 / loss_scale.astype(dtype))
+    with promotion_for(update):
+        return load(update, dtype) * (1 / loss_scale.astype(dtype))
 
 
 def refuse_inside(inner: Definition, owner: str, *kinds: type[Conditional]) -> None:

@@ -1,8 +1,10 @@
 """What a step does, in numbers: norms, clips, trust ratios, changed signs."""
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,21 +13,23 @@ import optax
 
 from lionax.core import engine, norms, storage
 from lionax.core.branching import branch, reading_branch
+from lionax.core.counting import next_count, next_in_turn
 from lionax.core.definition import Combination, Conditional
-from lionax.core.hyperparameters import check_count, get_hyperparams, names_in_state
+from lionax.core.hyperparameters import check_count
 from lionax.core.layout import Layout, Stage
 from lionax.core.masks import PathLabels, check_matched, check_regexes, labels
-from lionax.core.rule import Definition, Step
-from lionax.core.state import init_state
+from lionax.core.one_leaf import norms_for
+from lionax.core.rule import Applied, Definition, Step
+from lionax.core.state import init_state, state_of_step
 from lionax.core.transformation import Transformation, constructor
-from lionax.core.tree import Leaves
+from lionax.core.tree import Leaves, placeholder
 from lionax.core.varying import number_of_elements
 from lionax.transforms.adaptive import ScaleByTrustRatio
 from lionax.transforms.clipping import Clip, ClipByNorm
 from lionax.transforms.combining import definition_of
 from lionax.transforms.sign_momentum import ScaleByLion
 
-__all__ = ["Monitor", "MonitorState", "metrics", "monitor"]
+__all__ = ["Monitor", "MonitorState", "is_monitor", "monitor"]
 
 Values = dict[str, dict[str, jax.Array]]
 """Measurements by group and name. The group "" is the whole tree."""
@@ -36,17 +40,14 @@ class MonitorState(NamedTuple):
 
     values: Values  # float32 []: as they were taken last; 0 at first
     age: dict[str, jax.Array]  # int32 []: how many calls of the outermost monitor ago; -1 at first
-    calls: jax.Array  # int32 []: how many steps were made
+    calls: jax.Array  # int32 []: how many steps were made; near 2^31 it begins at 0 again
     signs: Any  # Lion's direction in the last step; the parameter's shape; int8
     inner: Any  # the state of the transformation that is measured
 
 
 @dataclasses.dataclass(frozen=True)
 class Monitor(Conditional):
-    """The definition of `monitor`: the inner one always runs.
-
-    Measuring runs beside the step, on the step's inputs.
-    """
+    """The definition of `monitor`: the inner one always runs, and is measured beside."""
 
     inner: Definition
     groups: PathLabels
@@ -57,41 +58,44 @@ class Monitor(Conditional):
         check_count(self.every, "monitor", "every")
 
     def init(self, params: Any) -> MonitorState:
-        leaves = Leaves.of(params, params)
-        stages, is_whole = _measurable(Layout.of(self.inner, leaves))
-        names = [self._public(name) for name in _names(stages, is_whole)]
+        leaves, inner = Leaves.of(params, params), init_state(self.inner, params)
+        layout = Layout.of(self.inner, leaves)
+        stages, is_whole = _measurable(layout)
+        slots = layout.unpack(state_of_step(inner, layout).rules)
+        names = [f"{self.which}{name}" if name in ("gradient_norm", "nonfinite") else name
+                 for name in _names(stages, is_whole, slots)]
         values = {group: {name: jnp.zeros((), jnp.float32) for name in names}
                   for group in self._groups(leaves)}
-        has_sign = [any(stage.active[leaf] for stage in stages
-                        if isinstance(stage.rule, ScaleByLion)) for leaf in range(len(leaves.keys))]
-        zeros = [jnp.zeros_like(x, dtype=jnp.int8) if here else None
-                 for x, here in zip(leaves.values, has_sign, strict=True)]
+        of_lion = [stage.active for stage in stages if isinstance(stage.rule, ScaleByLion)]
+        signs = [jnp.zeros_like(x, dtype=jnp.int8) if any(active[leaf] for active in of_lion) else
+                 placeholder(x) for leaf, x in enumerate(leaves.values)]
         return MonitorState(values, {f"{self.which}age": jnp.full((), -1, jnp.int32)},
-                            jnp.zeros((), jnp.int32), leaves.tree(zeros, has_sign),
-                            init_state(self.inner, params))
+                            jnp.zeros((), jnp.int32), leaves.treedef.unflatten(signs), inner)
 
     def open(self, updates: Any, state: MonitorState, params: Any,
              extra: Mapping[str, Any]) -> tuple[Any, MonitorState, bool]:
         if not self.which:  # the outermost one counts for all
-            state = jax.tree.map(_aged, state, is_leaf=_is_monitor)
+            state = jax.tree.map(_aged, state, is_leaf=is_monitor)
 
-        def recorded(params: Any, inner: Any) -> _Recorder:
-            run = _Recorder(self.inner, updates, inner, params, dict(extra))
+        def recorded(params: Any, inner: Any, signs: Any) -> _Recorder:
+            run = _Recorder(signs, self.inner, updates, inner, params, dict(extra))
             engine.transform(run, _measurable(run.layout)[0])
             return run
 
         def measured(reads: Any, values: Values, age: Any) -> tuple[Values, Any]:
-            found = self._measured(recorded(*reads[:2]), reads[2], state.calls == 0)
+            found = self._measured(recorded(*reads), values, state.calls == 0)
             return found, jax.tree.map(jnp.zeros_like, age)
+
+        def renewed(reads: Any, signs: Any) -> tuple[Any]:
+            run = recorded(reads[0], reads[1], signs)
+            return (jax.tree.map(storage.store, run.grads.treedef.unflatten(run.signs), signs),)
 
         due, due_next = (self.every == 1 or (state.calls + n) % self.every == 0 for n in (1, 2))
         (params, inner, signs), values, age = reading_branch(
             due, measured, (params, state.inner, state.signs), state.values, state.age)
         if jax.tree.leaves(signs):  # to compare with in the next step
-            (params, inner), signs = reading_branch(
-                due_next, lambda reads, old: (recorded(*reads).new_signs(old),), (params, inner),
-                signs)
-        calls = jnp.asarray(optax.safe_increment(state.calls))
+            (params, inner), signs = reading_branch(due_next, renewed, (params, inner), signs)
+        calls = next_in_turn(state.calls, self.every)
         return params, MonitorState(values, age, calls, signs, inner), True
 
     def accepts(self, updates: Any, state: Any, params: Any, extra: Mapping[str, Any]) -> Any:
@@ -99,9 +103,6 @@ class Monitor(Conditional):
 
     def close(self, updates: Any, state: MonitorState, due: Any, accepted: Any) -> MonitorState:
         return state
-
-    def _public(self, name: str) -> str:
-        return f"{self.which}{name}" if name in ("gradient_norm", "nonfinite") else name
 
     def _groups(self, leaves: Leaves) -> dict[str, list[int]]:
         """The present leaves of each group, and of the whole tree."""
@@ -112,112 +113,141 @@ class Monitor(Conditional):
         return {"": present, **{group: [leaf for leaf in present if chosen[leaf] == group]
                                 for _, group in self.groups.rules}}
 
-    def _measured(self, run: "_Recorder", signs: Any, is_first: jax.Array) -> Values:
-        """The measurements of a step."""
-        stages, is_whole = _measurable(run.layout)
+    def _measured(self, run: "_Recorder", values: Values, is_first: jax.Array) -> Values:
+        """The measurements of a step, in place of these values."""
         groups = self._groups(run.grads)
-        found = _norms_of(groups, run, is_whole)
-        changed = run.changed_signs(signs)
+        found = _norms_of(groups, run, _measurable(run.layout)[1])
         for group, members in groups.items():
-            factors = [run.clip_factors[leaf] for leaf in members if leaf in run.clip_factors]
-            ratios = [jnp.ravel(run.trust_ratios[leaf]) for leaf in members
-                      if leaf in run.trust_ratios]
-            factor = jnp.stack(factors or [jnp.ones((), jnp.float32)])
-            ratio = jnp.concatenate(ratios or [jnp.ones(1, jnp.float32)])
+            factors, ratios = (
+                jnp.concatenate([jnp.ravel(held[leaf]) for leaf in members if leaf in held]
+                                or [jnp.ones(1)]) for held in (run.clip_factors, run.trust_ratios))
             found[group] |= {
-                "nonfinite": _nonfinite(found[group]["gradient_norm"], [
-                    run.grads.values[leaf] for leaf in members]),
-                "sign_changes": jnp.where(is_first, 0.0, run.share(changed, members)),
-                "clipped": run.share(run.clipped, members), "clip_factor": jnp.min(factor),
-                "trust_ratio_min": jnp.min(ratio), "trust_ratio_median": jnp.median(ratio),
-                "trust_ratio_max": jnp.max(ratio)}
-        return {group: {self._public(name): found[group][name].astype(jnp.float32)
-                        for name in _names(stages, is_whole)} for group in groups}
+                "nonfinite": run.nonfinite(found[group]["gradient_norm"], members),
+                **{name: _share(counts, members) for name, counts in run.counts.items()},
+                "clip_factor": jnp.min(factors), "trust_ratio_min": jnp.min(ratios),
+                "trust_ratio_median": jnp.median(ratios), "trust_ratio_max": jnp.max(ratios)}
+            found[group]["sign_changes"] = jnp.where(is_first, 0.0, found[group]["sign_changes"])
+        return {group: {name: found[group][name.removeprefix(self.which)].astype(jnp.float32)
+                        for name in names} for group, names in values.items()}
 
 
 class _Recorder(engine.Run):
     """A step that records by leaf what its rules do."""
 
-    def __init__(self, *arguments: Any):
+    def __init__(self, old_signs: Any, *arguments: Any):
         super().__init__(*arguments)
-        self.signs: list[Any] = [None] * len(self.updates)
+        self.old_signs = self.grads.treedef.flatten_up_to(old_signs)
+        self.signs = list(self.old_signs)  # those of absent leaves stay
         self.clip_factors: dict[int, jax.Array] = {}
-        self.clipped: dict[int, jax.Array] = {}  # number of elements
         self.trust_ratios: dict[int, jax.Array] = {}
+        names = "clipped", "sign_changes", "sign_disagreement", "stalled"
+        self.counts = {name: defaultdict[int, Any](float) for name in names}  # as of `_count`
 
     def apply(self, stage: Stage, leaf: int, tree_norms: tuple[jax.Array, ...]) -> None:
-        before, rule = self.updates[leaf], stage.rule
-        slots = self.slots[stage.index][leaf]
+        before, rule, slots = self.updates[leaf], stage.rule, self.slots[stage.index]
+        if any(storage.are_rounded(slots[leaf])):
+            self._compare(stage, leaf, tree_norms)
         super().apply(stage, leaf, tree_norms)
         after = self.updates[leaf]
         if isinstance(rule, ScaleByLion):
             self.signs[leaf] = jnp.sign(after.real).astype(jnp.int8)
-        elif isinstance(rule, ScaleByTrustRatio):
-            self.trust_ratios[leaf] = self._factor(stage, leaf, before, slots, tree_norms)
-        elif isinstance(rule, ClipByNorm):
-            factor = self._factor(stage, leaf, before, slots, tree_norms)
-            self._clip(leaf, factor, jnp.where(factor < 1, number_of_elements(before), 0))
+            old = storage.on_device(self.old_signs[leaf])
+            self.counts["sign_changes"][leaf] = self._count(
+                leaf, self.signs[leaf] != old.astype(jnp.int8))
+        elif isinstance(rule, ClipByNorm | ScaleByTrustRatio):
+            one = jnp.ones((), self._dtype(leaf))
+            factor = self._unrounded(stage, leaf, before, tree_norms)(one, (), one)[0]
+            if isinstance(rule, ScaleByTrustRatio):
+                self.trust_ratios[leaf] = factor
+            else:
+                size = jnp.float32(number_of_elements(before, self.grads.splits[leaf]))
+                self._clip(leaf, factor, jnp.stack([jnp.where(factor < 1, size, 0), size]))
         elif isinstance(rule, Clip):
             before = storage.load(before, self._dtype(leaf))
-            factor = _quotient(*(norms.joint_norm([x]) for x in (after, before)), at_zero=1.0)
-            self._clip(leaf, factor, _count((before != after) & ~jnp.isnan(before)))
+            factor = _quotient(*(norms.joint_norm([x], [self.grads.splits[leaf]])
+                                 for x in (after, before)), at_zero=1.0)
+            self._clip(leaf, factor, self._count(leaf, (before != after) & ~jnp.isnan(before)))
+
+    def _unrounded(self, stage: Stage, leaf: int, before: Any,
+                   tree_norms: tuple[jax.Array, ...]) -> Callable[..., Applied]:
+        """The `apply` of a rule at a leaf, in this step. It does not round."""
+        static, operands, shared = self._bind(stage, leaf)
+        found = norms_for(stage.rule, before, self.param[leaf], tree_norms,
+                          self.grads.splits[leaf])
+        return functools.partial(static.with_values(operands).apply,
+                                 step=Step(self.count, found, shared))
 
     def _clip(self, leaf: int, factor: jax.Array, count: jax.Array) -> None:
         """Several clips of a leaf multiply their factors."""
         self.clip_factors[leaf] = self.clip_factors.get(leaf, 1.0) * factor.astype(jnp.float32)
-        self.clipped[leaf] = jnp.maximum(self.clipped.get(leaf, 0.0), count.astype(jnp.float32))
+        self.counts["clipped"][leaf] = jnp.maximum(self.counts["clipped"][leaf], count)
 
-    def _factor(self, stage: Stage, leaf: int, before: Any, slots: Any,
-                tree_norms: tuple[jax.Array, ...]) -> jax.Array:
-        """What a rule that scales a leaf by its norms makes of 1."""
-        static, operands, shared = self._bind(stage, leaf)
-        rule, one = static.with_values(operands), jnp.ones((), static.dtype)
-        found = engine.norms_for(rule, before, self.param[leaf], tree_norms)
-        return rule.apply(one, slots, one, Step(self.count, found, shared))[0]
+    def _compare(self, stage: Stage, leaf: int, tree_norms: tuple[jax.Array, ...]) -> None:
+        """Compares the new slots of a leaf with the old ones, and with what is rounded to them."""
+        given = self.updates[leaf], self.slots[stage.index][leaf]
+        # XLA would keep in memory what this and the step share, and copy the old slots.
+        update, old = jax.tree.map(jax.lax.optimization_barrier, given)
+        self.updates[leaf], self.slots[stage.index][leaf] = update, old
+        super().apply(stage, leaf, tree_norms)
+        update, param = storage.aligned(update, old, self.param[leaf])
+        arrays = update, old, self.slots[stage.index][leaf], param
+        self.updates[leaf], self.slots[stage.index][leaf] = given
+        update, before, new, param = storage.loaded(
+            arrays, self._dtype(leaf), self.grads.splits[leaf])
+        unrounded = self._unrounded(stage, leaf, update, tree_norms)
+        exact = unrounded(update, before, param)[1]
+        each = zip(*map(jax.tree.leaves, (before, new, exact)), strict=True)
+        stalled = [(a == b) & (a != c)
+                   for a, b, c in itertools.compress(each, storage.are_rounded(old))]
+        if not isinstance(stage.rule, ScaleByLion):
+            self.counts["stalled"][leaf] += sum(self._count(leaf, bits) for bits in stalled)
+            return
+        a, b = (jnp.sign(unrounded(update, mu, param)[0].real) for mu in (new, exact))
+        # One sum, for which XLA keeps nothing. A `lax.reduce` of two arrays counts to 2**24 only.
+        number, size = self._count(leaf, jax.lax.complex(*map(_ones, (stalled[0], a != b))))
+        self.counts["stalled"][leaf] += jnp.stack([number.real, size.real])
+        self.counts["sign_disagreement"][leaf] = jnp.stack([number.imag, size.real])
 
-    def share(self, counts: Mapping[int, jax.Array], leaves: Sequence[int]) -> jax.Array:
-        """The share of elements that was counted, of the leaves of these in which one counts."""
-        counted = [leaf for leaf in leaves if leaf in counts]
-        size = sum(number_of_elements(self.grads.values[leaf]) for leaf in counted)
-        return sum((counts[leaf] for leaf in counted), jnp.zeros((), jnp.float32)) / max(size, 1)
+    def _count(self, leaf: int, bits: jax.Array) -> jax.Array:
+        """How many bits are set, real and imaginary ones apart; and of how many, on all devices."""
+        ones, split = bits if storage.is_complex(bits) else _ones(bits), self.grads.splits[leaf]
+        number = norms.total(norms.by_axes([jnp.sum(ones)], [split]))
+        return jnp.stack([number, jnp.full_like(number, float(number_of_elements(bits, split)))])
 
-    def new_signs(self, signs: Any) -> Any:
-        """The signs of the directions, in place of the old ones; those of absent leaves stay."""
-        old = self.grads.treedef.flatten_up_to(signs)
-        return self.grads.treedef.unflatten(
-            a if b is None else b for a, b in zip(old, self.signs, strict=True))
-
-    def changed_signs(self, signs: Any) -> dict[int, jax.Array]:
-        """By leaf the number of signs that differ from the old ones."""
-        old = self.grads.treedef.flatten_up_to(signs)
-        return {leaf: _count(a != b) for leaf, (a, b) in enumerate(
-            zip(old, self.signs, strict=True)) if b is not None}
+    def nonfinite(self, norm: jax.Array, leaves: Sequence[int]) -> jax.Array:
+        """How many elements of leaves are not finite; none, without a look, if their norm is."""
+        zero = jnp.zeros((), jnp.float32)
+        (count,) = branch(~jnp.isfinite(norm), lambda _: (sum((
+            self._count(leaf, ~jnp.isfinite(self.grads.values[leaf]))[0] for leaf in leaves),
+            zero),), zero)
+        return count
 
 
-def _count(bits: jax.Array) -> jax.Array:
-    """How many bits of an array are set, on all devices."""
-    return norms.total([jnp.sum(bits.astype(jnp.float32))])
+def _ones(bits: jax.Array) -> jax.Array:
+    return bits.astype(jnp.float32)
 
 
-def _nonfinite(norm: jax.Array, arrays: list[jax.Array]) -> jax.Array:
-    """How many elements of arrays are not finite; none, without a look, if their norm is."""
-    zero = jnp.zeros((), jnp.float32)
-    (count,) = branch(~jnp.isfinite(norm), lambda _: (
-        sum((_count(~jnp.isfinite(x)) for x in arrays), zero),), zero)
-    return count
+def _share(counts: Mapping[int, Any], leaves: Sequence[int]) -> jax.Array:
+    """The share of elements that was counted in these leaves."""
+    pair = sum((counts[leaf] for leaf in leaves if leaf in counts), jnp.zeros(2, jnp.float32))
+    return pair[0] / jnp.maximum(pair[1], 1)
 
 
-def _names(stages: Sequence[Stage], is_whole: bool) -> list[str]:
-    """What is measured of these stages."""
-    names = ["gradient_norm", "nonfinite"]
-    if is_whole:
-        names += ["update_norm", "parameter_norm", "update_to_parameter"]
-    by_rule = {(ClipByNorm, Clip): ["clipped", "clip_factor"],
-               (ScaleByTrustRatio,): [f"trust_ratio_{x}" for x in ("min", "median", "max")],
-               (ScaleByLion,): ["sign_changes"]}
-    for rules, of_these in by_rule.items():
-        names += of_these if any(isinstance(stage.rule, rules) for stage in stages) else []
-    return names
+def _names(stages: Sequence[Stage], is_whole: bool, slots: Sequence[Any]) -> list[str]:
+    """What is measured of these stages, and of what they keep."""
+    rounded = [stage for stage, held in zip(stages, slots, strict=False)
+               if not stage.is_tree_wide and any(storage.are_rounded(held))]
+
+    def has(kinds: Any, among: Sequence[Stage] = stages) -> bool:
+        return any(isinstance(stage.rule, kinds) for stage in among)
+
+    names = {"gradient_norm nonfinite": True,
+             "update_norm parameter_norm update_to_parameter": is_whole,
+             "clipped clip_factor": has(ClipByNorm | Clip),
+             "trust_ratio_min trust_ratio_median trust_ratio_max": has(ScaleByTrustRatio),
+             "sign_changes": has(ScaleByLion), "sign_disagreement": has(ScaleByLion, rounded),
+             "stalled": bool(rounded)}
+    return [name for several, is_there in names.items() if is_there for name in several.split()]
 
 
 def _measurable(layout: Layout) -> tuple[list[Stage], bool]:
@@ -228,26 +258,19 @@ def _measurable(layout: Layout) -> tuple[list[Stage], bool]:
 
 
 def _norms_of(groups: dict[str, list[int]], run: _Recorder, is_whole: bool) -> Values:
-    """The norms of each group, in which the arrays of a group are summed once."""
+    """The norms of each group; the compiler sums an array once that is in two."""
     arrays = {"gradient_norm": run.grads.values}
     if is_whole:
         arrays |= {"update_norm": run.updates, "parameter_norm": run.param}
-    named = [members for group, members in groups.items() if group]
-    in_group = set(itertools.chain(*named))
-    rest = [leaf for leaf in groups[""] if leaf not in in_group]
-    parts = [rest, *named]
-    each = iter(norms.fused_norms([
-        [values[leaf] for leaf in part if values[leaf] is not None]
-        for values in arrays.values() for part in parts]))
-    found: Values = {group: {} for group in groups}
-    for name in arrays:
-        of_parts = list(itertools.islice(each, len(parts)))
-        found[""][name] = norms.joint_norm(of_parts) if named else of_parts[0]
-        for group, norm in zip((group for group in groups if group), of_parts[1:], strict=True):
-            found[group][name] = norm
+    splits = run.grads.splits
+    measured = iter(norms.fused_norms([
+        norms.by_axes([values[leaf] for leaf in members], [splits[leaf] for leaf in members])
+        for members in groups.values() for values in arrays.values()]))
+    found: Values = {group: {name: next(measured).astype(jnp.float32) for name in arrays}
+                     for group in groups}
     for values in found.values() if is_whole else ():
         if run.params is None:
-            values["parameter_norm"] = jnp.full((), jnp.nan)
+            values["parameter_norm"] = jnp.full((), jnp.nan, jnp.float32)
         values["update_to_parameter"] = _quotient(
             values["update_norm"], values["parameter_norm"], at_zero=0.0)
     return found
@@ -256,20 +279,20 @@ def _norms_of(groups: dict[str, list[int]], run: _Recorder, is_whole: bool) -> V
 def _quotient(dividend: jax.Array, divisor: jax.Array, at_zero: float) -> jax.Array:
     """A quotient of norms, without a division by 0, at which a debugger of NaN would stop."""
     is_zero = divisor == 0
-    one = jnp.ones_like(divisor)
-    return jnp.where(is_zero, at_zero * one, dividend / jnp.where(is_zero, one, divisor))
+    return jnp.where(is_zero, at_zero, dividend / jnp.where(is_zero, 1.0, divisor))
 
 
-def _is_monitor(node: Any) -> bool:
+def is_monitor(node: Any) -> bool:
+    """Whether a node of a state is a monitor's."""
     return isinstance(node, MonitorState)
 
 
 def _aged(node: Any) -> Any:
     """A monitor's state, and those inside of it, one call older."""
-    if not _is_monitor(node):
+    if not is_monitor(node):
         return node
-    age = {name: jnp.where(old < 0, old, old + 1) for name, old in node.age.items()}
-    return node._replace(age=age, inner=jax.tree.map(_aged, node.inner, is_leaf=_is_monitor))
+    age = {name: next_count(old, old >= 0) for name, old in node.age.items()}
+    return node._replace(age=age, inner=jax.tree.map(_aged, node.inner, is_leaf=is_monitor))
 
 
 def _monitored(definition: Any, groups: PathLabels, every: int) -> Any:
@@ -281,10 +304,8 @@ def _monitored(definition: Any, groups: PathLabels, every: int) -> Any:
                         definition.inner_gradients)
         return dataclasses.replace(definition, inner=inner)  # pyright: ignore
     if isinstance(definition, Combination):
-        fields = dataclasses.fields(definition)  # pyright: ignore[reportArgumentType]
         return dataclasses.replace(definition, **{  # pyright: ignore
-            field.name: _monitored(getattr(definition, field.name), groups, every)
-            for field in fields})
+            name: _monitored(value, groups, every) for name, value in vars(definition).items()})
     return definition
 
 
@@ -301,6 +322,10 @@ def monitor(tx: optax.GradientTransformation, groups: Mapping[str, str] | None =
     - ``clip_factor``: the least number by which clips multiplied a leaf;
     - ``trust_ratio_min``, ``_median``, ``_max``: of the ratios of all leaves;
     - ``sign_changes``: the share of signs of Lion's direction that differ from the last step's;
+    - ``stalled``: the share of elements of slots in codes or at most 16 bits that rounding left as
+      they were, though the new value in float32 differs from the old one; of all slots together;
+    - ``sign_disagreement``: the share of signs of ``b1·m + (1 - b1)·g`` that differ between Lion's
+      new ``m`` as stored and before rounding, both with this step's ``g``: the next is not known;
     - ``age``: how many calls ago these were measured; -1 before the first time.
 
     Inside of a conditional further gradients are measured: ``accumulated_gradient_norm`` is that of
@@ -339,49 +364,3 @@ def monitor(tx: optax.GradientTransformation, groups: Mapping[str, str] | None =
             raise TypeError(f"monitor: groups has {name!r} for {regex!r}; give the group's name")
     definition = definition_of(tx, "monitor")
     return Transformation.of(Monitor(_monitored(definition, by_path, every), by_path, every))
-
-
-def metrics(state: Any) -> dict[str, jax.Array]:
-    """What `monitor` measured last, and the hyperparameters of `get_hyperparams`.
-
-    Nothing is moved to the host: ``jax.device_get(metrics(state))`` does that, and waits for the
-    step.
-
-    Args:
-      state: of a transformation with a `monitor`, alone or anywhere inside another's.
-
-    Returns:
-      Name to scalar. Where several monitors share a name, it is qualified by where they stand in
-      the state.
-
-    Raises:
-      KeyError: if nothing in the state is measured.
-
-    >>> import jax.numpy as jnp, lionax
-    >>> state = lionax.monitor(lionax.sgd(0.5)).init(jnp.zeros(2))
-    >>> sorted(lionax.metrics(state))[:3]
-    ['age', 'gradient_norm', 'learning_rate']
-    """
-    with jax.debug_nans(False):  # which stands for what was not measured yet
-        found = list(_found(state, ()))
-    if not found:
-        raise KeyError("metrics: nothing in the state is measured; wrap the transformation in "
-                       "lionax.monitor(tx)")
-    names = names_in_state([(keys, name) for keys, name, _ in found])
-    return get_hyperparams(state) | dict(zip(names, (value for *_, value in found), strict=True))
-
-
-def _found(state: Any, keys: tuple[Any, ...]) -> Any:
-    """Keys, name and value of everything measured in a state."""
-    pairs, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_monitor)
-    for inner_keys, node in pairs:
-        if _is_monitor(node):
-            here = (*keys, *inner_keys)
-            # A Flax optimizer wraps each array of the state in a variable.
-            ((age_name, age),) = ((name, jax.tree.leaves(x)[0]) for name, x in node.age.items())
-            yield here, age_name, age
-            for group, values in node.values.items():
-                for name, value in values.items():
-                    measured = jnp.where(age < 0, jnp.nan, jax.tree.leaves(value)[0])
-                    yield here, f"{group}/{name}" if group else name, measured
-            yield from _found(node.inner, (*here, jax.tree_util.GetAttrKey("inner")))

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
 from lionax.core.hyperparameters import Interval, Scalar, scalar
+from lionax.core.internals import Tracer
 from lionax.core.rule import Applied, Rule, Step
 from lionax.core.storage import StorageLike, accumulator_dtype, zero_slot
 from lionax.core.transformation import Transformation, constructor
@@ -98,7 +98,8 @@ class Ema(Rule):
         return EmaState(ema=zero_slot(param, accumulator_dtype(param, self.accumulator_dtype)))
 
     def prepare(self, count: jax.Array, dtype: Any) -> jax.Array | None:
-        return 1.0 / share_of(1.0 - self.decay, count + 1, dtype) if self.debias else None
+        steps = count.astype(dtype) + 1
+        return 1.0 / share_of(1.0 - self.decay, steps, dtype) if self.debias else None
 
     def apply(self, update: jax.Array, slots: EmaState, param: Any, step: Step) -> Applied:
         new = moved(slots.ema, update, 1.0 - self.decay)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from lionax.core.hyperparameters import Scalar, scalar
 from lionax.core.rule import Applied, Rule, Step
-from lionax.core.storage import StorageLike, zero_slot
+from lionax.core.storage import StorageLike, is_complex, zero_slot
 from lionax.core.transformation import Transformation, constructor
 
 __all__ = ["ScaleByLion", "ScaleByLionState", "scale_by_lion"]
@@ -45,10 +45,17 @@ class ScaleByLion(Rule):
         if self.mode == "smooth":
             direction = jnp.tanh(self.smooth_beta * average)
         elif self.mode == "refined":
-            direction = jnp.where(jnp.abs(average) < 1.0, average, jnp.sign(average))
+            direction = jnp.where(jnp.abs(average) < 1.0, average, _sign(average))
         else:
-            direction = jnp.sign(average)
+            direction = _sign(average)
         return direction, ScaleByLionState(mu=(1.0 - self.b2) * update + self.b2 * slots.mu)
+
+
+def _sign(x: jax.Array) -> jax.Array:
+    """``jnp.sign``, but with the derivative of ``z / |z|``, where JAX has 0."""
+    if not is_complex(x):
+        return jnp.sign(x)
+    return x / jnp.where(x == 0, 1.0, jnp.abs(x))
 
 
 @constructor
