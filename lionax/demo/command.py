@@ -1,19 +1,20 @@
 """The command line: ``lionax demo`` and ``lionax info``."""
 
 import argparse
+import contextlib
 import importlib.metadata
 import os
 import pathlib
 import signal
 import sys
-import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 __all__ = ["main", "run"]
 
 INTERRUPTED = 130  # the exit status of a command that was stopped by Ctrl-C
-_interrupted = threading.Event()  # an interrupt inside of a callback of C++ raises nothing
+TERMINATED = 143  # and by SIGTERM
+_received: set[int] = set()  # signals: an interrupt inside of a callback of C++ raises nothing
 CHOICES = ("lion", "lamb", "sgd", "adamw")
 
 
@@ -59,7 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=pathlib.Path, default=pathlib.Path("lionax-demo.png"),
                       help="where to save the curves, as a PNG")
     demo.add_argument("--resume", type=pathlib.Path, metavar="DIR",
-                      help="save the runs in this folder, and go on with what is there")
+                      help="save the runs in this folder, and go on with what is there; on "
+                           "SIGTERM the step is finished and saved")
     demo.add_argument("--list", action="store_true",
                       help="show the optimizers and their learning rates, and end")
     return parser
@@ -78,8 +80,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _interrupt(number: int, frame: Any) -> None:
-    _interrupted.set()
+    _received.add(number)
     raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _finishing_on_sigterm() -> Iterator[None]:
+    """Inside of it SIGTERM is noted, so that a step is finished and saved."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: _received.add(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        _received.clear()
 
 
 def run() -> None:
@@ -118,12 +131,15 @@ def _run(options: argparse.Namespace) -> int:
         sys.exit(f"lionax demo needs {missing.name}: pip install 'lionax[demo]'")
     if options.list:
         return _list()
+    from lionax.demo.checkpoints import CheckpointError, locked
+
+    folder = options.resume
+    lock = locked(folder) if folder else contextlib.nullcontext()
     try:
-        return _demo(options)
-    except ValueError as error:
-        if options.resume is None:
-            raise
-        sys.exit(f"lionax demo: --resume {options.resume}: {error}")
+        with lock, _finishing_on_sigterm():
+            return _demo(options)
+    except CheckpointError as error:
+        sys.exit(f"lionax demo: --resume {folder}: {error}")
 
 
 def _list() -> int:
@@ -163,20 +179,35 @@ def _demo(options: argparse.Namespace) -> int:
         with Progress(*columns, console=console) as progress:
             tasks = {name: progress.add_task(name, total=options.steps, loss="") for name in txs}
             for name, tx in txs.items():
-                for run in training.train(name, tx, corpus, options.steps, options.seed,
-                                          options.resume):
-                    if run not in runs:
-                        runs.append(run)
-                    if _interrupted.is_set():
-                        raise KeyboardInterrupt
-                    progress.update(tasks[name], completed=run.steps[-1],
-                                    loss=f"{run.validation[-1]:.3f} bits per character")
-        milliseconds = training.optimizer_milliseconds(txs, corpus)
+                if signal.SIGTERM not in _received:
+                    for run in training.train(name, tx, corpus, options.steps, options.seed,
+                                              options.resume, lambda: signal.SIGTERM in _received):
+                        _show(run, runs, progress, tasks[name])
+            if signal.SIGTERM not in _received:
+                milliseconds = training.optimizer_milliseconds(txs, corpus)
     except KeyboardInterrupt:
         console.print("Interrupted: what was reached so far.")
         status = INTERRUPTED
+    if signal.SIGTERM in _received:
+        console.print("Terminated: " + (f"saved in {options.resume}; the same command goes on."
+                                        if options.resume else "what was reached so far."),
+                      soft_wrap=True)
+        status = TERMINATED
     if runs:
         console.print(report.table(runs, milliseconds, corpus.bigram_entropy))
-        report.draw(runs, corpus.bigram_entropy, options.out)
+        try:
+            report.draw(runs, corpus.bigram_entropy, options.out)
+        except OSError as error:
+            sys.exit(f"lionax demo: --out {options.out}: cannot be written ({error})")
         console.print(f"Curves: {options.out}")
     return status
+
+
+def _show(run: Any, runs: list[Any], progress: Any, task: Any) -> None:
+    """Shows what a run reached, and keeps it for the table."""
+    if run not in runs:
+        runs.append(run)
+    if signal.SIGINT in _received:
+        raise KeyboardInterrupt
+    progress.update(task, completed=run.steps[-1],
+                    loss=f"{run.validation[-1]:.3f} bits per character")

@@ -79,23 +79,9 @@ def initial(text: Text, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(model)
 
 
-def train(name: str, tx: lionax.Transformation, text: Text, steps: int, seed: int,
-          folder: pathlib.Path | None = None) -> Iterator[Run]:
-    """Trains; yields the growing record after every validation, so that a user may stop.
-
-    With a folder it saves there before each yield, and goes on from what it finds there.
-    """
-    graph, params = initial(text, seed)
-    state = tx.init(params)
-    run = Run(name, sum(leaf.size for leaf in jax.tree.leaves(params)),
-              sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
-    settings = {"steps": steps, "seed": seed}
-    checkpoints = None if folder is None else Checkpoints(folder, name, settings)
-    saved = checkpoints and checkpoints.latest((params, state))
-    if saved:
-        (params, state), record = saved
-        run = Run(**record)
-        yield run
+def _compiled(tx: lionax.Transformation,
+              graph: nnx.GraphDef) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """A training step, and the loss over several batches."""
 
     def loss(params, batch):
         return bits_per_character(nnx.merge(graph, params), batch)
@@ -110,19 +96,48 @@ def train(name: str, tx: lionax.Transformation, text: Text, steps: int, seed: in
     def validate(params, batches):
         return jax.lax.map(lambda batch: loss(params, batch), batches).mean()
 
+    return train_step, validate
+
+
+def train(name: str, tx: lionax.Transformation, text: Text, steps: int, seed: int,
+          folder: pathlib.Path | None = None,
+          must_stop: Callable[[], bool] = lambda: False) -> Iterator[Run]:
+    """Trains; yields the growing record after every validation, so that a user may stop.
+
+    With a folder it saves there before each yield, and goes on from what it finds there. When
+    ``must_stop`` holds it finishes the step, saves and ends.
+    """
+    graph, params = initial(text, seed)
+    state: Any = tx.init(params)
+    run = Run(name, sum(leaf.size for leaf in jax.tree.leaves(params)),
+              sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+    settings = {"steps": steps, "seed": seed}
+    checkpoints = None if folder is None else Checkpoints(folder, name, settings)
+    saved = checkpoints and checkpoints.latest((params, state))
+    if saved:
+        (params, state), record = saved
+        run = Run(**record)
+        yield run
+    first = int(state.count)
+
+    train_step, validate = _compiled(tx, graph)
     held_out = jnp.stack([
         text.batch(text.validation, BATCH, LENGTH, (seed, 1, i)) for i in range(EVALUATION_BATCHES)
     ])
-    for step in range(run.steps[-1] if run.steps else 0, steps + 1):
-        is_due = step % EVALUATE_EVERY == 0 or step == steps
-        if is_due and step not in run.steps:
+    for step in range(first, steps + 1):
+        is_due = (step % EVALUATE_EVERY == 0 or step == steps) and step not in run.steps
+        if is_due:
             # An interrupt in here leaves the record whole.
             reached = float(validate(params, held_out))
             run.steps.append(step)
             run.validation.append(reached)
-            if checkpoints:
-                checkpoints.save(step, (params, state), dataclasses.asdict(run))
+        is_last = must_stop()
+        if checkpoints and (is_due or (is_last and step > first)):
+            checkpoints.save(step, (params, state), dataclasses.asdict(run))
+        if is_due:
             yield run
+        if is_last:
+            return
         if step < steps:
             params, state = train_step(params, state,
                                        text.batch(text.train, BATCH, LENGTH, (seed, 0, step)))
