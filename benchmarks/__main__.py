@@ -4,6 +4,8 @@ import argparse
 import dataclasses
 import json
 import pathlib
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
@@ -24,7 +26,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cases", default=";".join(peers.CASES),
                         help=f"some of {'; '.join(peers.CASES)}, with semicolons between")
     parser.add_argument("--steps-only", action="store_true",
-                        help="without compiling, eager calls, small leaves and growth")
+                        help="without compiling, eager calls, small leaves, growth and meshes")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"),
                         help="the folder for the JSON and the pictures")
     options = parser.parse_args(arguments)
@@ -54,6 +56,12 @@ def _jobs(options: argparse.Namespace, best: float,
     yield "eager", lambda: measure.eager_row(20)
     sizes = [10**4, 10**5] if quick else [10**5, 10**6, 10**7]
     yield "growth", lambda: measure.growth(sizes, [1, 10] if quick else [1, 10, 100, 300], 5)
+
+
+def _meshes(options: argparse.Namespace) -> None:
+    """Counts on 8 virtual devices: in a process of its own, since here the CPU is one device."""
+    command = [sys.executable, "-m", "benchmarks.meshes", "--out", str(options.out)]
+    subprocess.run([*command, *(["--quick"] if options.quick else [])], check=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -87,6 +95,8 @@ def main(arguments: list[str] | None = None) -> None:
     record = {"machine": report.machine(), "triad_bytes_per_second": best,
               "rows": [dataclasses.asdict(row) for row in rows]}
     (options.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    if not options.steps_only:
+        _meshes(options)
     console.print("Written: " + ", ".join(map(str, [*paths, options.out / "results.json"])),
                   highlight=False, soft_wrap=True)
 

@@ -191,6 +191,9 @@ def with_optax(tx: lionax.Transformation, peer: optax.GradientTransformation,
 CASES: dict[str, Case] = {
     "lion": Case(20, "reads gradient, parameter, momentum; writes parameter, momentum", {
         **with_optax(lionax.lion(RATE), optax.lion(RATE)),
+        **{f"lionax, {dtype}": of_jax(tx.step, tx.init, options=lionax.compiler_options())
+           for dtype in ("bfloat16", "int8", "int4")
+           for tx in [lionax.lion(RATE, mu_dtype=dtype)]},
         "Keras 3": keras("Lion", weight_decay=1e-3),
         "lion-pytorch": torch(lion_pytorch),
         "flashoptim": flash("flash_lion")}),

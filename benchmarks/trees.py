@@ -14,6 +14,7 @@ __all__ = [
     "elements",
     "filled",
     "gpt2",
+    "llama_2",
     "many_small",
     "mlp",
     "of_size",
@@ -36,6 +37,20 @@ def gpt2(layers: int = 12, width: int = 768, vocabulary: int = 16_000,
     return {
         "tokens": (vocabulary, width), "positions": (context, width), "norm": norm,
         **{f"block_{i}": block for i in range(layers)}
+    }
+
+
+def llama_2(layers: int = 80, width: int = 8192, hidden: int = 28_672, of_keys: int = 1024,
+            vocabulary: int = 32_000) -> dict[str, Any]:
+    """Shapes of Llama 2's 69.0 B elements, unless told otherwise, with the layers stacked."""
+    layer = {
+        "query": (width, width), "key": (width, of_keys), "value": (width, of_keys),
+        "out": (width, width), "gate": (width, hidden), "up": (width, hidden),
+        "down": (hidden, width), "norm_1": (width,), "norm_2": (width,)
+    }
+    return {
+        "tokens": (vocabulary, width), "norm": (width,), "head": (width, vocabulary),
+        "layers": {name: (layers, *shape) for name, shape in layer.items()}
     }
 
 

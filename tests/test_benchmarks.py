@@ -1,6 +1,7 @@
 """The benchmarks run."""
 
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import codes, measure, peers, quality, quality_report, tasks, trees
+from benchmarks import codes, measure, meshes, peers, quality, quality_report, tasks, trees
 from lionax.core.quantized import format_of
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -57,6 +58,60 @@ def test_the_command_writes_a_table_pictures_and_json(tmp_path, capsys, monkeypa
     for picture in ("step.png", "limit.png", "memory.png"):
         assert (tmp_path / picture).stat().st_size > 1000
     assert "lionax" in capsys.readouterr().out
+
+
+PROGRAM = """
+branch {
+  %skipped = f32[99]{0} all-reduce(%x)
+}
+
+ENTRY main {
+  %a = (f32[6,2]{1,0}, /*index=1*/bf16[4]{0}) all-reduce(%x, %y), channel_id=1
+  %b = s8[8]{0} all-gather(%z), dimensions={0}
+  %c = f32[] reduce-scatter(%z), dimensions={0}
+  %d = pred[] copy(%w)
+}
+"""
+
+
+def test_what_a_program_sends_in_a_ring():
+    found, sent = meshes.sent(PROGRAM, 4)
+    assert found == {"all-reduce": 1, "all-gather": 1, "reduce-scatter": 1}
+    assert sent == 2 * 3 / 4 * (48 + 8) + 3 / 4 * 8 + 3 * 4
+    assert meshes.sent(PROGRAM, 1)[1] == 0
+
+
+@pytest.mark.parametrize(("case", "layout", "state", "sent"), [
+    ("lion", "data", 1, 0), ("lion", "zero", 1 / 4, 3 / 4), ("lion", "fsdp", 1 / 4, 0),
+    ("lamb", "zero", 2 / 4, 3 / 4),
+    ("lion, with the gradient", "data", 1, 2 * 3 / 4),
+    ("lion, with the gradient", "zero", 1 / 4, 3 * 3 / 4),
+    ("lion, with the gradient", "fsdp", 1 / 4, 3 * 3 / 4)])
+def test_counts_follow_the_formulas(case, layout, state, sent):
+    count = meshes.count(case, layout, 4, 2, 64)
+    whole = 4 * count.parameters
+    assert count.parameter_bytes == whole * (1 / 4 if layout == "fsdp" else 1)
+    assert 0 <= count.state_bytes - state * whole < 16  # of scalars
+    assert 0 <= count.sent_bytes - sent * whole < 64  # of norms
+
+
+PAGES = [pathlib.Path(__file__).parent.parent / "docs" / name
+         for name in ("benchmarks/meshes.md", "guides/meshes.md")]
+
+
+def test_the_pages_show_the_estimates_for_70_billion_parameters():
+    assert trees.elements(trees.llama_2()) == pytest.approx(69.0e9, rel=1e-3)
+    table = meshes.estimate_table(meshes.estimates(trees.llama_2()))
+    for page in PAGES:
+        assert table in page.read_text(), page
+
+
+@pytest.mark.slow
+def test_meshes_writes_a_page_and_json(tmp_path, capsys):
+    meshes.main(["--quick", "--out", str(tmp_path)])
+    record = json.loads((tmp_path / "meshes.json").read_text())
+    assert {row["layout"] for row in record["counts"]} == {"data", "zero", "fsdp"}
+    assert (tmp_path / "meshes.md").read_text().strip() == capsys.readouterr().out.strip()
 
 
 def test_bad_options(capsys):
