@@ -26,8 +26,8 @@ import sys
 from IPython import get_ipython
 from packaging.version import Version
 
-NEEDED = {"jax": "0.10", "optax": "0.2.8", "flax": "0.12.7", "keras": "3.15",
-          "matplotlib": "3.8", "scikit-learn": "1.4"}
+NEEDED = {"jax": "0.10.2", "optax": "0.2.8", "flax": "0.12.7", "keras": "3.15",
+          "matplotlib": "3.10.7", "scikit-learn": "1.4"}
 
 
 def is_missing(name, least):

@@ -140,12 +140,12 @@ def test_that_cell_installs_nothing_where_all_is_there(installed):
 def test_that_cell_installs_what_is_missing_or_too_old(installed):
     ((magic, arguments),) = installed(lionax_is_there=False, jax="0.7.2")
     assert magic == "pip"
-    assert arguments == f'install -q "jax>=0.10" "lionax @ git+{REPOSITORY}"'
+    assert arguments == f'install -q "jax>=0.10.2" "lionax @ git+{REPOSITORY}"'
 
 
 def test_that_cell_asks_for_a_restart_if_what_is_loaded_is_too_old(installed, monkeypatch):
     monkeypatch.setattr(jax, "__version__", "0.7.2")
-    with pytest.raises(RuntimeError, match=r"jax 0\.7\.2 is loaded, 0\.10 is needed\. Choose "
+    with pytest.raises(RuntimeError, match=r"jax 0\.7\.2 is loaded, 0\.10\.2 is needed\. Choose "
                                            r"Runtime > Restart session"):
         installed()
 
