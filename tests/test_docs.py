@@ -1,6 +1,8 @@
 """The documentation: its links, and the site that Sphinx builds of it."""
 
+import ast
 import html.parser
+import json
 import os
 import pathlib
 import re
@@ -10,6 +12,7 @@ import tomllib
 import urllib.parse
 
 import pytest
+import run_reliability
 
 import lionax
 
@@ -26,6 +29,34 @@ SYSTEMS = {"keras2": ("Lion", "SGD"), "keras3": ("Lion", "SGD", "Lamb"), "dtenso
 def test_links_lead_to_files_on_a_code_host(page):
     for link in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
         assert (page.parent / link).exists(), link
+
+
+def test_every_pitfall_is_a_row_named_as_its_test():
+    rows = re.findall(r"^\| (?!case |---)(.*)", (DOCS / "differences.md").read_text(), re.M)
+    links = [re.match(r"\[(.+?)\]\(\.\./tests/(\w+)\.py\)", row).groups() for row in rows]
+    assert all(row.count(" | ") == 3 for row in rows)
+    named = [re.sub(r"\W+", "_", case.lower().replace("`", "")) for case, file in links
+             if file == "test_pitfalls"]
+    tests = re.findall(r"^def test_(\w+)", (ROOT / "tests/test_pitfalls.py").read_text(), re.M)
+    assert sorted(named) == sorted(tests)
+
+
+def promises(tree):
+    """The arguments of the marks of a module, of which constants may have names."""
+    names = {ast.unparse(node.targets[0]): node.value for node in tree.body
+             if isinstance(node, ast.Assign)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.promise":
+            yield tuple(ast.literal_eval(names.get(ast.unparse(arg), arg)) for arg in node.args)
+
+
+def test_the_report_is_of_the_promises_that_tests_name():
+    """`python tests/run_reliability.py` makes it anew."""
+    record = json.loads(run_reliability.RECORD.read_text())
+    assert run_reliability.page(record) == run_reliability.PAGE.read_text()
+    named = {promise for path in (ROOT / "tests").glob("test_*.py")
+             for promise in promises(ast.parse(path.read_text()))}
+    assert named == {(section, text) for section, kept in record.items() for text in kept["rows"]}
 
 
 class Page(html.parser.HTMLParser):
