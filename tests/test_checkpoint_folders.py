@@ -1,6 +1,5 @@
 """The folder of a run: half-written steps, full disks, read-only folders, two runs on one."""
 
-import gc
 import logging
 import os
 import re
@@ -17,21 +16,12 @@ from test_interruptions import LOCK, processes
 from lionax.demo import command
 from lionax.demo.checkpoints import CheckpointError, Checkpoints, locked
 
-# Orbax drops what still reads or writes when one file fails.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 HALF = pytest.mark.promise(
     "Interrupted runs", "A half-written newest step is passed over with a word, and its number "
     "written anew later. So is a damaged one.")
 DISK = pytest.mark.promise(
     "Interrupted runs", "A full disk and a read-only folder give a clear error and lose no earlier "
     "checkpoint.")
-
-
-@pytest.fixture(autouse=True)
-def _collected():
-    """Collects what Orbax drops here, where its warning is ignored."""
-    yield
-    gc.collect()
 
 
 # A step that is not whole

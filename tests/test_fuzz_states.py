@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import gc
 import logging
 import os
 import shutil
@@ -281,7 +280,6 @@ def restored(root, like):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's coroutines
 @pytest.mark.promise("Hostile definitions", "A damaged checkpoint restores or is refused in words; "
                      "nothing outside of its folder changes.")
 def test_checkpoints(figure, quiet, tmp_path, capfd):
@@ -300,7 +298,6 @@ def test_checkpoints(figure, quiet, tmp_path, capfd):
                 watch.run(restored, root, like)
             finally:
                 shutil.rmtree(root)
-    gc.collect()
     assert not os.path.exists(fuzz.CANARY)
 
 
