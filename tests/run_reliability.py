@@ -29,7 +29,9 @@ python tests/run_reliability.py
 ```
 
 A figure is a sum over the tests of its row, but for one that is called largest. Errors are
-relative to the largest element of a leaf. Of {tests:,} tests {failed} failed.
+relative to the largest element of a leaf. Of {tests:,} tests {failed} failed. The runs:
+
+{runs}
 """
 
 
@@ -46,24 +48,25 @@ class Results:
             self.promises[tuple(promises[0])].append(report)
 
     def sections(self):
-        """What is kept of each section: how it was made, and its rows."""
-        found = collections.defaultdict(dict)
+        """What is kept of each section, by promise."""
+        found, run = collections.defaultdict(dict), f"{datetime.date.today()}, {where()}"
         for (section, text), reports in self.promises.items():
-            found[section][text] = row(reports)
-        made = f"{datetime.date.today()}, {where()}"
-        return {section: {"made": made, "rows": rows} for section, rows in found.items()}
+            found[section][text] = row(reports) | {"run": run}
+        return found
 
 
 def page(record):
     """The text of the page."""
-    rows = [row for section in record.values() for row in section["rows"].values()]
-    failed = sum(row["failed"] for row in rows)
-    lines = [HEAD.format(tests=failed + sum(row["passed"] for row in rows), failed=failed)]
+    rows = [row for section in record.values() for row in section.values()]
+    passed, failed = (sum(row[outcome] for row in rows) for outcome in ("passed", "failed"))
+    runs = sorted({row["run"] for row in rows})
+    lines = [HEAD.format(tests=passed + failed, failed=failed, runs="\n".join(
+        f"{number}. {run}" for number, run in enumerate(runs, 1)))]
     for section, kept in sorted(record.items()):
-        lines += [f"## {section}\n", f"{kept['made']}.\n",
-                  "| promise | tests | passed | figures |", "| --- | --- | --- | --- |"]
-        lines += [f"| {' | '.join(cells(text, one))} |" for text, one in sorted(
-            kept["rows"].items())] + [""]
+        lines += [f"## {section}\n", "| promise | tests | passed | figures | run |",
+                  "| --- | --- | --- | --- | --- |"]
+        lines += [f"| {' | '.join(cells(text, row, runs))} |"
+                  for text, row in sorted(kept.items())] + [""]
     return "\n".join(lines)
 
 
@@ -86,7 +89,7 @@ def row(reports):
             "figures": figures(reports)}
 
 
-def cells(text, row):
+def cells(text, row, runs):
     """A row of a table. A link names the one test in its file, or tells how many there are."""
     links = (f"[{tests[0].replace('_', ' ') if len(tests) == 1 else f'{len(tests)} tests'}]"
              f"(../{file})" for file, tests in row["tests"].items())
@@ -95,6 +98,7 @@ def cells(text, row):
     yield f"{row['passed']:,}" + (f", {row['failed']} failed" if row["failed"] else "")
     yield "; ".join(f"{name} {written(value)}" for name, value in sorted(
         row["figures"].items()))
+    yield str(1 + runs.index(row["run"]))
 
 
 def figures(found):
@@ -119,8 +123,7 @@ def main(parts):
     status = pytest.main(["-m", "promise"], plugins=[results])
     record = json.loads(RECORD.read_text()) if parts else {}
     for section, found in results.sections().items():
-        rows = record.get(section, {"rows": {}})["rows"]
-        record[section] = found | {"rows": rows | found["rows"]}
+        record[section] = record.get(section, {}) | found
     RECORD.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
     PAGE.write_text(page(record))
     return status

@@ -56,7 +56,7 @@ def test_the_report_is_of_the_promises_that_tests_name():
     assert run_reliability.page(record) == run_reliability.PAGE.read_text()
     named = {promise for path in (ROOT / "tests").glob("test_*.py")
              for promise in promises(ast.parse(path.read_text()))}
-    assert named == {(section, text) for section, kept in record.items() for text in kept["rows"]}
+    assert named == {(section, text) for section, kept in record.items() for text in kept}
 
 
 class Page(html.parser.HTMLParser):
