@@ -148,6 +148,7 @@ def test_repr_leaves_defaults_out():
 def test_equal_static_arguments_share_a_trace(case):
     if case == "chain_foreign":
         pytest.skip("Optax's own functions compare by identity")
+
     @functools.partial(jax.jit, static_argnums=0)
     @chex.assert_max_traces(1)
     def step(tx, params, state, grads):

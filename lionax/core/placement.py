@@ -150,7 +150,6 @@ def split_further(sharding: Any, shape: tuple[int, ...], axis: str,
         names[0] if len(names) == 1 else names or None for names in spec))), ""
 
 
-
 def local(array: Any) -> Any:
     """An array that each process holds whole, as this one does: no other has to take part."""
     is_global = isinstance(array, jax.Array) and not isinstance(array, Tracer) and (
