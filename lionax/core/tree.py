@@ -203,6 +203,7 @@ class Leaves:
                                  f"{first!r} is on {places[first]}, {path!r} on {devices}. Put "
                                  "them on one device, or all on one mesh, with jax.device_put")
 
+
 def _as_array(leaf: Any, path: Keys) -> Any:
     is_array = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
     if is_array or is_placeholder(leaf) or is_float0(leaf):
