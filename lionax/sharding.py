@@ -46,7 +46,7 @@ def state_sharding(tx: Transformation, params: Any, zero_axis: str | None = None
 
     Raises:
       TypeError: if ``tx`` is not lionax's.
-      ValueError: for a parameter without a sharding, or parameters on several meshes; for a
+      ValueError: for no parameters, one without a sharding, or several meshes; for a
         ``zero_axis`` that the mesh lacks or that splits no parameter; for a kind of memory that the
         devices lack.
 
@@ -65,9 +65,11 @@ def state_sharding(tx: Transformation, params: Any, zero_axis: str | None = None
     if not isinstance(tx, Transformation):
         raise TypeError(f"state_sharding: {tx!r} is not a lionax transformation; wrap an Optax one "
                         "in lionax.chain(...)")
-    if specs is not None:
+    if specs is not None or mesh is not None:
         params = _with_specs(params, specs, mesh)
     leaves = Leaves.of(params, params)
+    if not any(leaves.present):
+        raise ValueError("state_sharding: there are no parameters, whose mesh the state would have")
     shardings = shardings_of_leaves(leaves)
     for path, sharding, here in zip(leaves.paths, shardings, leaves.present, strict=True):
         if here and sharding is None:
@@ -108,8 +110,9 @@ def _without_sharding(x: Any) -> Any:
 
 def _with_specs(params: Any, specs: Any, mesh: Mesh | None) -> Any:
     """The parameters as shapes with these specs."""
-    if mesh is None:
-        raise ValueError("state_sharding: specs= are those of a mesh; give mesh=, too")
+    if mesh is None or specs is None:
+        raise ValueError("state_sharding: specs= are those of a mesh; give specs= and mesh= "
+                         "together, or neither")
     leaves, named = Leaves.of(params, params), named_specs(specs, "state_sharding")
     return leaves.treedef.unflatten(
         jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec(

@@ -25,6 +25,7 @@ NUMBERS_OUT_OF_RANGE = [
     (lionax.lion, {"learning_rate": 1e-3, "mu_dtype": jnp.int16},
      "scale_by_lion: mu_dtype=.*int16.* is not accepted"),
     (lionax.lion, {"learning_rate": 1e-3, "mu_dtype": "float99"}, "mu_dtype='float99'"),
+    (lionax.lion, {"learning_rate": 1e-3, "mu_dtype": "float8_e8m0fnu"}, "e8m0fnu' is not accep"),
     (lionax.lamb, {"learning_rate": 1e-3, "b1": 1.0}, r"scale_by_adam: b1=1.0 is not accepted; "
      r"give a number in \[0, 1\)"),
     (lionax.lamb, {"learning_rate": 1e-3, "eps": -1e-6}, "scale_by_adam: eps=-1e-06"),

@@ -194,7 +194,7 @@ def test_norms_along_batch_axes_need_the_axis_that_is_split():
 
 
 @pytest.mark.parametrize(("specs", "error"), [
-    ({"kernel": P("d")}, "no PartitionSpec for 'bias'"),
+    ({"kernel": P("d")}, "no PartitionSpec for 'bias'"), ({}, "no PartitionSpec for 'bias'"),
     ({"kernel": "d"}, "specs has 'd' at 'kernel'")])
 def test_specs_that_do_not_fit_are_refused(specs, error):
     with pytest.raises((TypeError, ValueError), match=error):

@@ -49,6 +49,16 @@ def test_small_gradients_make_no_large_updates(make, dtype, rounding):
     assert (nu[8:] > 0).all()
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int8", "int4", None])
+def test_squares_of_float64_gradients_are_not_0(dtype):
+    """Of 1e-50, which is 0 in float32."""
+    with jax.enable_x64(True):
+        tx = lionax.scale_by_adam(eps=0.0, nu_dtype=dtype)
+        grads = jnp.full((64, 128), 1e-25, jnp.float64)
+        _, state = tx.update(grads, tx.init(grads))
+        assert np.isfinite(tx.update(0 * grads, state)[0]).all()
+
+
 def test_a_momentum_is_rounded_to_0_so_that_its_mean_is_exact():
     tx = lionax.scale_by_adam(b1=0.0, mu_dtype="float16", nu_dtype="float16")
     grads = jnp.full((64, 64), 1e-8)

@@ -73,9 +73,85 @@ def test_slots_follow_their_parameters_and_scales_whole_blocks():
     mu, average = state.rules[0].mu, state.rules[-1].params_ema
     assert mu["kernel"].codes.spec == mu["kernel"].scales.spec == specs["kernel"]
     assert mu["narrow"].codes.spec == specs["narrow"]
-    assert mu["narrow"].scales.spec == P(None, None)  # 2 blocks on 8 devices
+    assert mu["narrow"].scales.spec == P()  # 2 blocks on 8 devices
     assert {name: x.spec for name, x in average.items()} == specs
     assert state.count.spec == state.hyperparameters.values["learning_rate"].spec == P()
+
+
+@pytest.mark.parametrize("how", cases.but_for_fast([None, "int8", "int4"], "int8"))
+@pytest.mark.parametrize("spec", [(None, None), ("data", None), (None, "model"), ("data", "model"),
+                                  (None, ("data", "model"))], ids=str)
+@kinds
+def test_a_step_compiles_once(kind, spec, how):
+    """An explicit mesh has an entry for each axis; elsewhere XLA drops those behind the last."""
+    mesh, tx, step = mesh_of(kind), lionax.lion(0.1, mu_dtype=how), None
+    with jax.set_mesh(mesh):
+        params = jax.jit(jnp.copy)(jax.device_put(
+            cases.normal(16, 256), NamedSharding(mesh, P(*spec))))
+        for init in (tx.init, jax.jit(tx.init, out_shardings=lionax.state_sharding(tx, params))):
+            carry, step = (params, init(params)), jax.jit(tx.step)
+            for _ in range(3):
+                carry = step(*carry, params)
+            assert step._cache_size() == 1
+
+
+@pytest.mark.slow
+def test_codes_on_a_mesh_of_which_shard_map_has_one_axis():
+    tx, mesh = lionax.lion(0.1, mu_dtype="int8"), mesh_of(AxisType.Explicit)
+
+    def run(param):
+        return jax.lax.scan(lambda carry, _: (tx.step(*carry, param), None),
+                            (param, tx.init(param)), None, length=2)[0][0]
+
+    with jax.set_mesh(mesh):
+        param = jax.device_put(cases.normal(64, 256), NamedSharding(mesh, P("data", "model")))
+        found = jax.jit(jax.shard_map(run, mesh=mesh, axis_names={"data"}, in_specs=P("data"),
+                                      out_specs=P("data")))(param)
+    cases.assert_close(jax.device_get(found), jax.device_get(run(cases.normal(64, 256))))
+
+
+@pytest.mark.parametrize("wrap", cases.but_for_fast([
+    lambda tx: optax.masked(tx, True), lambda tx: optax.partition({"all": tx}, "all"),
+    lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
+    lambda tx: optax.apply_if_finite(tx, 2), lambda tx: optax.named_chain(("one", tx))]))
+def test_slots_inside_of_optaxs_wrappers_follow_their_parameters(wrap):
+    tx, params = lionax.chain(wrap(optax.trace(0.9))), placed(host_params(), mesh_of())
+    assert_laid_out(tx.init(params), lionax.state_sharding(tx, params))
+
+
+def test_a_key_in_a_state_of_optaxs_is_laid_out_and_traced():
+    tx = lionax.chain(optax.add_noise(0.1, 0.55, key=jax.random.key(0)), lionax.sgd(0.1))
+    params = placed(host_params(), mesh_of())
+    state = tx.init(params)
+    assert_laid_out(state, lionax.state_sharding(tx, params))
+    jitted = jax.jit(tx.init, out_shardings=shardings_of(state))(params)
+    keys = [jax.random.key_data(each.rules[0].rng_key) for each in (state, jitted)]
+    cases.assert_equal(*map(jax.device_get, keys))
+
+
+def test_scalars_stay_on_the_device():
+    tx = lionax.dynamic_loss_scale(lionax.accumulate(lionax.sgd(0.1, momentum=0.9), 2))
+    params = placed(host_params(), mesh_of())
+    shardings = lionax.state_sharding(tx, params, memory_kind="pinned_host")
+    state = jax.jit(tx.init, out_shardings=shardings)(params)
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(state) if x.ndim} == {"pinned_host"}
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(state) if not x.ndim} == {"device"}
+    jax.jit(tx.step)(params, state, params)
+
+
+def test_the_real_slot_of_a_complex_parameter_lies_beside_it():
+    param = jax.device_put(jnp.ones((8, 8), jnp.complex64), NamedSharding(
+        mesh_of(), P("data", "model")))
+    state = lionax.scale_by_adam().init(param)
+    assert state.rules.nu.dtype == jnp.float32
+    assert_laid_out(state, lionax.state_sharding(lionax.scale_by_adam(), param))
+
+
+def test_scales_of_two_moments_are_split_where_blocks_of_both_are_whole():
+    tx, param = lionax.adamw(0.1, mu_dtype="int8", nu_dtype="int4"), jax.device_put(
+        cases.normal(16, 256), NamedSharding(mesh_of(), P()))
+    held = lionax.state_sharding(tx, param, zero_axis="data").rules[0]
+    assert {x.spec for x in jax.tree.leaves(held)} == {P("data")}
 
 
 def test_shapes_without_shardings_stay_so():
@@ -213,7 +289,8 @@ def test_reductions_of_a_window():
 @pytest.mark.parametrize(("arguments", "error"), [
     ({"zero_axis": "batch"}, r"zero_axis='batch' is not an axis of the mesh, which has \('data'"),
     ({"memory_kind": "disk"}, "memory_kind='disk' is not known to cpu devices, which have device"),
-    ({"specs": {"w": P()}}, "give mesh=, too")])
+    ({"specs": {"w": P()}}, "give specs= and mesh= together"),
+    ({"mesh": mesh_of()}, "give specs= and mesh= together")])
 def test_what_cannot_be_laid_out_is_refused(arguments, error):
     params = {"w": jax.device_put(cases.normal(8, 8), NamedSharding(mesh_of(), P()))}
     with pytest.raises(ValueError, match=error):
@@ -235,6 +312,8 @@ def test_a_summary_says_what_is_left_whole():
         "bias": "no axis of a shard (6,) is a multiple of 4",
         "gain": "no axis of a shard () is a multiple of 4"}
     assert "left whole: bias, no axis of a shard (6,) is a multiple of 4" in str(found)
+    (leaf,) = lionax.summary(lionax.lion(0.1), params["embed"], zero_axis="batch").leaves
+    assert leaf.whole == "on a mesh without the axis 'batch'"
 
 
 def test_what_is_no_transformation_and_has_no_sharding_is_refused():
@@ -242,6 +321,8 @@ def test_what_is_no_transformation_and_has_no_sharding_is_refused():
         lionax.state_sharding(optax.lion(0.1), {})
     with pytest.raises(ValueError, match="'w' has no sharding"):
         lionax.state_sharding(lionax.lion(0.1), {"w": jax.ShapeDtypeStruct((2,), jnp.float32)})
+    with pytest.raises(ValueError, match="there are no parameters"):
+        lionax.state_sharding(lionax.lion(0.1), {})
 
 
 @pytest.mark.parametrize(("kind", "memory_kind"), [(AxisType.Explicit, None),

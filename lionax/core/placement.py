@@ -14,7 +14,7 @@ from lionax.core.inspection import contents
 from lionax.core.internals import Tracer, buffer_of
 from lionax.core.quantized import fitting, is_quantized
 from lionax.core.tree import Leaves
-from lionax.core.varying import axes_of
+from lionax.core.varying import axes_of, split_over
 
 __all__ = ["as_structs", "check_whole", "common_place", "laid_out", "local", "on_mesh_of",
            "own_buffers", "shardings_of_leaves", "split_further"]
@@ -50,6 +50,9 @@ def on_mesh_of(params: Any, state: Any) -> Any:
     def one(x: Any) -> Any:
         if not isinstance(x, jax.Array) or isinstance(x, Tracer) or x.committed:
             return x
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            data = one(jax.random.key_data(x))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
         # `device_put` would compare the values of all processes.
         value = np.asarray(x)
         return jax.make_array_from_callback(x.shape, place, lambda index: value[index])
@@ -78,13 +81,13 @@ def _buffers(leaf: Any) -> list[Any]:
     """What tells the buffers of an array from those of others."""
     if not isinstance(leaf, jax.Array):
         return []
-    if isinstance(leaf, Tracer):
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    data = jax.random.key_data(leaf) if is_key else leaf
+    if isinstance(data, Tracer):  # also of a key that is none
         return [id(leaf)]
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
     try:
         return [(shard.device, buffer_of(shard.data))
-                for shard in leaf.addressable_shards if shard.data.size]
+                for shard in data.addressable_shards if shard.data.size]
     except RuntimeError:  # donated before, or on a backend that shows no pointers
         return [id(leaf)]
 
@@ -104,16 +107,18 @@ def as_structs(state: Any, params: Any) -> Any:
 def laid_out(state: Any, leaves: Leaves, shardings: list[Sharding | None], place: Sharding,
              placing: Placing = lambda sharding, shape, block: sharding) -> Any:
     """The shardings of a state: of slots by those of their leaves, of all else a place."""
-    arrays = contents(state)
-    blocks = {held.keys: held.leaf.format.block for held in arrays if is_quantized(held.leaf)}
+    arrays, blocks = contents(state), {}
+    for held in arrays:
+        if is_quantized(held.leaf):
+            blocks[held.keys] = max(held.leaf.format.block, blocks.get(held.keys, 1))
     by_keys = {keys: (placing(sharding, value.shape, blocks.get(keys, 1)), value.shape)
                for keys, value, sharding in zip(leaves.keys, leaves.values, shardings, strict=True)
                if sharding is not None}
 
     def one(keys: Any, slot: Any) -> Any:
-        sharding, shape = by_keys.get(keys, (place, None))
-        if slot.shape != shape:
-            return place
+        # Before the path there may be fields of Optax's wrappers.
+        ends = (by_keys.get(keys[n:], (place, ())) for n in range(len(keys) + 1))
+        sharding = next((found for found, shape in ends if shape == slot.shape != ()), place)
         if not is_quantized(slot):
             return sharding
         return jax.tree.map(lambda array: fitting(sharding, array.shape), slot)
@@ -131,6 +136,8 @@ def split_further(sharding: Any, shape: tuple[int, ...], axis: str,
     """
     if not isinstance(sharding, NamedSharding):
         return sharding, "on no mesh"
+    if axis not in sharding.mesh.shape:
+        return sharding, f"on a mesh without the axis {axis!r}"
     spec = [*axes_of(sharding.spec), *[()] * len(shape)][:len(shape)]
     if any(axis in names for names in spec):
         return sharding, f"split over {axis!r} already"
@@ -144,10 +151,7 @@ def split_further(sharding: Any, shape: tuple[int, ...], axis: str,
     if best is None:
         return sharding, f"no axis of a shard {tuple(local)} is a multiple of {size}"
     spec[best] = (*spec[best], axis)
-    while not spec[-1]:  # as XLA gives it back
-        spec.pop()
-    return sharding.update(spec=PartitionSpec(*(
-        names[0] if len(names) == 1 else names or None for names in spec))), ""
+    return split_over(sharding, spec), ""
 
 
 def local(array: Any) -> Any:

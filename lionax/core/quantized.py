@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from lionax.core.internals import Tracer
-from lionax.core.rounding import as_uniform
-from lionax.core.varying import Split, explicit_sharding, varying_axes
+from lionax.core.rounding import as_uniform, lifted
+from lionax.core.varying import Split, axes_of, explicit_sharding, split_over, varying_axes
 
 __all__ = ["Format", "QuantizedArray", "encode", "fitting", "format_of", "is_quantized",
            "shapes_of", "zeros"]
@@ -166,22 +166,19 @@ def zeros(like: Any, format: Format) -> QuantizedArray:
 
 def _zeros(like: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     sharding = explicit_sharding(like) if isinstance(like, Tracer) else like.sharding
-    if not isinstance(sharding, NamedSharding):
-        axes = tuple(varying_axes(like)) if isinstance(like, Tracer) else ()
-        zero = jnp.zeros(shape, dtype)
-        return lax.pcast(zero, axes, to="varying") if axes else zero
-    return jnp.zeros(shape, dtype, device=fitting(sharding, shape))
+    is_placed = isinstance(sharding, NamedSharding)
+    zero = jnp.zeros(shape, dtype, device=fitting(sharding, shape) if is_placed else None)
+    axes = tuple(varying_axes(like)) if isinstance(like, Tracer) else ()
+    return lax.pcast(zero, axes, to="varying") if axes else zero
 
 
 def fitting(sharding: Any, shape: tuple[int, ...]) -> Any:
     """A sharding for a shape with another last axis, which is not split where it cannot be."""
     if not isinstance(sharding, NamedSharding):
         return sharding
-    spec = (*sharding.spec, *[None] * len(shape))[:len(shape)]
-    axes = spec[-1] if isinstance(spec[-1], tuple) else (spec[-1],) * (spec[-1] is not None)
-    if shape[-1] % math.prod(sharding.mesh.shape[axis] for axis in axes):
-        spec = (*spec[:-1], None)
-    return sharding.update(spec=PartitionSpec(*spec))
+    *lead, last = (*axes_of(sharding.spec), *[()] * len(shape))[:len(shape)]
+    is_whole = shape[-1] % math.prod(sharding.mesh.shape[axis] for axis in last) == 0
+    return sharding if is_whole else split_over(sharding, (*lead, ()))
 
 
 def _in_whole_blocks(array: jax.Array, blocks: int) -> jax.Array:
@@ -190,7 +187,7 @@ def _in_whole_blocks(array: jax.Array, blocks: int) -> jax.Array:
     if sharding is None:
         return array
     wanted = fitting(sharding, (*array.shape[:-1], blocks))
-    return jax.sharding.reshard(array, wanted) if wanted.spec != sharding.spec else array
+    return jax.sharding.reshard(array, wanted) if wanted != sharding else array
 
 
 def _placed(array: jax.Array, like: jax.Array) -> jax.Array:
@@ -209,7 +206,8 @@ def encode(values: jax.Array, format: Format, bits: jax.Array | None,
     Inside of ``shard_map`` a shard that holds no whole blocks has the scales of all, like a mesh.
     """
     levels, given = format.levels, values
-    values = _in_whole_blocks(values, values.shape[-1] // format.block).astype(jnp.float32)
+    values = lifted(values, jnp.dtype(jnp.float32)).astype(jnp.float32)
+    values = _in_whole_blocks(values, values.shape[-1] // format.block)
     if bits is not None:
         bits = _in_whole_blocks(bits, values.shape[-1] // format.block)
     scales = _scales(values, format, split)
@@ -248,7 +246,7 @@ def _scales(values: jax.Array, format: Format, split: Split | None) -> jax.Array
     if split is not None and _in_parts_of(format, values.shape, split):
         whole = jnp.zeros((*values.shape[:-1], split.whole(values.shape)[-1]), jnp.int32)
         raw = lax.dynamic_update_slice_in_dim(
-            whole, raw, split.start(values.ndim - 1, values.shape[-1]), -1)
+            whole, raw, split.start(-1, values.shape[-1]), -1)
         return _scales_of(lax.pmax(_largest(raw, format), split.axes[-1]))
     return _scales_of(_largest(raw, format))
 
@@ -276,7 +274,7 @@ def _spread(scales: jax.Array, format: Format, like: jax.Array, split: Split | N
     each = each.reshape(*scales.shape[:-1], -1)
     if split is None or not _in_parts_of(format, like.shape, split):
         return each
-    start = split.start(like.ndim - 1, like.shape[-1])
+    start = split.start(-1, like.shape[-1])
     return lax.dynamic_slice_in_dim(each, start, like.shape[-1], -1)
 
 

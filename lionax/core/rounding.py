@@ -47,14 +47,17 @@ def random_bits(key: jax.Array, like: jax.Array, split: Split | None = None) -> 
     """A uint32 for each element: a hash of the key and of the element's index in the whole array.
 
     It is the same on any mesh under ``jit``, and inside ``shard_map`` where the split is known.
-    Else an index counts within a shard, and the device's index along the axes over which the array
-    varies is mixed in. A ``vmap`` gives all its members the same bits.
+    Else, and where the array has another rank than the leaf that is split, an index counts within a
+    shard, and the device's index along the axes over which the array varies is mixed in. A ``vmap``
+    gives all its members the same bits.
     """
+    split = None if split is None or len(split.axes) != like.ndim else split
     if split is None and is_unchecked():
         raise ValueError("stochastic rounding: inside of shard_map(check_vma=False) and of pmap "
                          "types do not say along which axes an array differs, so replicas would "
-                         "differ; leave check_vma=True, say it with lionax.sharded(tx, specs), or "
-                         "store with Storage(dtype, rounding='nearest')")
+                         "differ; leave check_vma=True, store with Storage(dtype, "
+                         "rounding='nearest') or say it with lionax.sharded(tx, specs), which is "
+                         "of slots with the axes of their leaf")
     for axis in sorted(varying_axes(like)) if split is None else ():
         key = folded(key, lax.axis_index(axis))
     out = explicit_sharding(like)
@@ -102,12 +105,13 @@ def bounded(value: jax.Array, dtype) -> jax.Array:
 
 
 def lifted(value: jax.Array, dtype) -> jax.Array:
-    """A value within the range of a float of at most 16 bits: not 0 and finite, unless it was."""
-    if not is_low_precision(dtype):
+    """A value within the range of a float of fewer bits: not 0 and finite, unless it was."""
+    own = jnp.dtype(jnp.float64 if value.dtype == jnp.float64 else jnp.float32)
+    if not jnp.issubdtype(dtype, jnp.floating) or jnp.dtype(dtype).itemsize >= own.itemsize:
         return value
     # Arithmetic in float32 takes bfloat16's subnormal numbers for 0.
     least = max(float(jnp.finfo(dtype).smallest_subnormal), float(jnp.finfo(jnp.float32).tiny))
-    value = bounded(value.astype(jnp.float32), dtype)
+    value = bounded(value.astype(own), dtype)
     return jnp.where(value == 0, value, jnp.copysign(jnp.maximum(jnp.abs(value), least), value))
 
 

@@ -120,7 +120,8 @@ def _checked_dtype(value: Any, owner: str, argument: str) -> np.dtype | None:
         dtype = None if isinstance(value, str) and not value.isidentifier() else jnp.dtype(value)
     except (TypeError, ValueError, OverflowError):
         dtype = None
-    if dtype is None or not (jnp.issubdtype(dtype, jnp.inexact) or dtype.name in CODES):
+    if dtype is None or np.zeros((), dtype) != 0 or not (  # float8_e8m0fnu has no zero
+            jnp.issubdtype(dtype, jnp.inexact) or dtype.name in CODES):
         raise ValueError(f"{owner}: {argument}={shown(value)} is not accepted; give None for the "
                          "parameter's own dtype, a floating-point dtype such as jnp.bfloat16 or "
                          "'float32', 'int8' or 'int4'")
@@ -157,8 +158,8 @@ def zero_slot(param: jax.Array, dtype: StorageLike = None, *, nonnegative: bool 
     Args:
       param: the parameter.
       dtype: how it is stored, as `Storage` takes it; None for the parameter's own dtype.
-      nonnegative: whether its elements are never negative. Codes are then made for an average of
-        squares whose root is used. Name the slot in `Rule.nonnegative`, too.
+      nonnegative: whether its elements are real and never negative. Codes are then made for an
+        average of squares whose root is used. Name the slot in `Rule.nonnegative`, too.
 
     Returns:
       An array, or a `QuantizedArray`.
@@ -171,13 +172,14 @@ def zero_slot(param: jax.Array, dtype: StorageLike = None, *, nonnegative: bool 
     Array([0, 0], dtype=bfloat16)
     """
     storage: Any = check_storage(dtype, "zero_slot", "dtype") or Storage()
-    dtype = param.dtype if storage.dtype is None else storage.dtype
+    is_real = nonnegative or not is_complex(param)
+    own = jnp.finfo(param.dtype).dtype if nonnegative else param.dtype
+    dtype = own if storage.dtype is None else storage.dtype
     if dtype.name in CODES:
-        if not is_complex(param) and (
-                format := format_of(CODES[dtype.name], param.shape, nonnegative)):
+        if is_real and (format := format_of(CODES[dtype.name], param.shape, nonnegative)):
             return zeros(param, format)
-        dtype = param.dtype
-    if is_complex(param) and not jnp.issubdtype(dtype, jnp.complexfloating):
+        dtype = own
+    if not is_real and not jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(f"a slot of dtype {dtype} loses the imaginary part of a parameter of dtype "
                         f"{param.dtype}; give None or a complex dtype")
     # An explicit dtype makes the slot strongly typed, so that a scan can carry it.

@@ -34,7 +34,7 @@ Keys = tuple[str, ...]
 Specs = tuple[tuple[Keys, tuple[tuple[str, ...], ...]], ...]
 """The first parts of leaves' paths and, for each axis, the mesh axes over which it is split."""
 
-_specs: ContextVar[Specs] = ContextVar("specs", default=())
+_specs: ContextVar[Specs | None] = ContextVar("specs", default=None)
 
 
 @contextlib.contextmanager
@@ -70,7 +70,7 @@ def split_of(specs: Specs, path: Keys, owner: str) -> tuple[tuple[str, ...], ...
 
 def _splits(keys: Sequence[Keys], leaves: Sequence[Any]) -> list[Split | None]:
     specs = _specs.get()
-    if not specs:
+    if specs is None:
         return [None] * len(keys)
     return [None if is_placeholder(leaf) else
             Split.of(split_of(specs, path, "sharded"), leaf.ndim)

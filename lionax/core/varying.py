@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from lionax.core.internals import ShapedArray, manual_axes, varying_of
 
 __all__ = ["Split", "axes_of", "explicit_sharding", "is_unchecked", "number_of_elements",
-           "summed_axes", "varying_axes"]
+           "split_over", "summed_axes", "varying_axes"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +29,10 @@ class Split:
             manual) else None
 
     def whole(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the leaf of which a shard has this shape."""
-        return tuple(n * math.prod(map(jax.lax.axis_size, names))
-                     for n, names in zip(shape, self.axes, strict=True))
+        """The shape of the leaf, or of a slot with further axes before, of such a shard."""
+        names = (*[()] * (len(shape) - len(self.axes)), *self.axes)
+        return tuple(n * math.prod(map(jax.lax.axis_size, each))
+                     for n, each in zip(shape, names, strict=True))
 
     def start(self, axis: int, length: int) -> jax.Array | int:
         """Where a shard of this length begins along an axis of the leaf."""
@@ -42,6 +44,14 @@ def axes_of(spec: PartitionSpec) -> tuple[tuple[str, ...], ...]:
     """The mesh axes of each entry of a spec."""
     return tuple(entry if isinstance(entry, tuple) else () if entry is None else (str(entry),)
                  for entry in spec)
+
+
+def split_over(sharding: NamedSharding, axes: Sequence[tuple[str, ...]]) -> NamedSharding:
+    """A sharding over these mesh axes, written as ``jit``, which compares specs, gives it back."""
+    entries = [each[0] if len(each) == 1 else each or None for each in axes]
+    while entries and entries[-1] is None and AxisType.Explicit not in sharding.mesh.axis_types:
+        entries.pop()
+    return sharding.update(spec=PartitionSpec(*entries))
 
 
 def varying_axes(x: Any) -> frozenset[str]:

@@ -43,10 +43,8 @@ class ScaleByAdam(Rule):
     bias_correction: bool = True
 
     def init(self, param: jax.Array) -> ScaleByAdamState:
-        # `init` takes shapes, too, which have no real part.
-        square = jax.eval_shape(jnp.real, param) if is_complex(param) else param
         return ScaleByAdamState(mu=zero_slot(param, self.mu_dtype),
-                                nu=zero_slot(square, self.nu_dtype, nonnegative=True))
+                                nu=zero_slot(param, self.nu_dtype, nonnegative=True))
 
     def prepare(self, count: jax.Array, dtype: Any) -> Any:
         if not self.bias_correction:
