@@ -110,6 +110,7 @@ def majority_vote_lion(learning_rate: Scalar, b1: Scalar = 0.9, b2: Scalar = 0.9
     - No clip by the norm of the global gradient, which no worker has. `clip_by_global_norm` before
       it takes the norm of all workers' gradients as one vector, with an all-reduce of a scalar.
     - A worker whose sign is 0 or NaN votes up and down in turn. Zeros of all workers cancel.
+    - No `accumulate` around it, whose sums would differ between workers.
 
     Args:
       learning_rate: the size of a step, at least 0, in units of the parameter. Here and below a

@@ -101,6 +101,36 @@ def test_bfloat16_parameters_are_rounded_once(workers):
         np.testing.assert_array_equal(np.asarray(leaf, np.float32), expected.astype(np.float32))
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("how", ["bfloat16", "int8"])
+def test_momenta_in_low_precision(how, check_vma):
+    """Also under `sharded`, which knows the axes of the leaf, not that of the workers."""
+    tx = lionax.sharded(lionax.majority_vote_lion(
+        0.1, mu_dtype=lionax.Storage(how, rounding="nearest"), axis_name="data"), P())
+    params, each = cases.normal(64, 64), [cases.normal(3, 64, 64, seed=1)] * 2
+    new, _ = trained(tx, params, each, 3, check_vma=check_vma)
+    float_tx = lionax.majority_vote_lion(0.1, axis_name="data")
+    expected, _ = trained(float_tx, params, each, 3)
+    assert np.mean(np.asarray(new == expected)) > 0.9
+    low = lionax.sharded(lionax.majority_vote_lion(0.1, mu_dtype=how, axis_name="data"), P())
+    if check_vma:
+        _, state = trained(low, params, [jnp.stack([each[0][0]] * 3)], 3)
+        mu = jax.tree.leaves(state.rules[0].mu)[0]
+        assert (mu[0] != mu[1]).any()  # the workers have random bits of their own
+    else:
+        with pytest.raises(ValueError, match="rounding='nearest'"):
+            trained(low, params, each, 3, check_vma=False)
+
+
+def test_a_frozen_group_stays_the_same_on_all_workers():
+    tx = lionax.partition({"train": lionax.majority_vote_lion(0.1, axis_name="data"),
+                           "freeze": lionax.set_to_zero()}, {"w": "train", "z": "freeze"})
+    params = {"w": jnp.ones(4), "z": jnp.ones(4)}
+    new, _ = trained(tx, params, [jax.tree.map(lambda x: jnp.stack([x] * 4), params)], 4)
+    np.testing.assert_array_equal(new["z"], params["z"])
+    assert (new["w"] < params["w"]).all()
+
+
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize(("workers", "tree"), cases.but_for_fast(
     [(workers, tree) for workers in (2, 3, 8)

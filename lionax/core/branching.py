@@ -1,7 +1,7 @@
 """Branches that a step takes where a traced predicate holds, and buffers are not copied."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -15,7 +15,9 @@ __all__ = ["branch", "reading_branch"]
 def branch(predicate: Any, function: Callable[..., Any], *carry: Any) -> Any:
     """What the function makes of the carry where the predicate holds, else the carry."""
     if isinstance(predicate, Tracer):
-        carry = _varying_like_result(function, carry)
+        if manual_axes():  # the branches must have one type; outside the function is not traced
+            carry = _varying_like(carry, types_of_result(function, *carry))
+            function = functools.partial(_varying_like_carry, function)
         # Identity last: as the true branch XLA copies every buffer (12 copies, jaxlib 0.10.2).
         return jax.lax.cond(predicate, function, lambda *same: same, *carry)
     return function(*carry) if predicate else carry
@@ -31,17 +33,14 @@ def reading_branch(predicate: Any, function: Callable[..., Any], reads: Any, *ca
         jax.tree.map(jax.lax.optimization_barrier, reads), *function(reads, *carry)), reads, *carry)
 
 
-def _varying_like_result(function: Callable[..., Any], carry: Any) -> Any:
-    """The carry, varying over the axes over which what the function makes of it varies.
+def _varying_like_carry(function: Callable[..., Any], *carry: Any) -> Any:
+    return _varying_like(function(*carry), jax.tree.leaves(carry))
 
-    The branches of a conditional must have one type. Outside of ``shard_map`` the function is not
-    traced.
-    """
-    if not manual_axes():
-        return carry
-    results = types_of_result(function, *carry)
-    leaves, treedef = jax.tree.flatten(carry)
-    missing = [tuple(varying_axes(new) - varying_axes(old))
-               for old, new in zip(leaves, results, strict=True)]
+
+def _varying_like(tree: Any, others: Iterable[Any]) -> Any:
+    """A tree of arrays that vary at least over the axes over which others vary."""
+    leaves, treedef = jax.tree.flatten(tree)
+    missing = [tuple(varying_axes(other) - varying_axes(own))
+               for own, other in zip(leaves, others, strict=True)]
     return treedef.unflatten(jax.lax.pcast(x, axes, to="varying") if axes else x
                              for x, axes in zip(leaves, missing, strict=True))

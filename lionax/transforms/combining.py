@@ -128,7 +128,7 @@ class Masked(OfOne):
     """A definition that acts on the leaves of a mask. Its state is that of the definition."""
 
     part: Definition
-    mask: Any  # as `lionax.core.tree.freeze` gives it
+    mask: Any  # as `lionax.core.masks.freeze` gives it
     owner: str = "masked"  # for error messages
 
     def members(self, leaves: Leaves) -> list[Member]:
@@ -174,7 +174,7 @@ class Partition(Combination):
     """A definition for each label. Its state is a dict by label, as a string."""
 
     parts: tuple[tuple[Any, Definition], ...]
-    labels: Any  # as `lionax.core.tree.freeze` gives it
+    labels: Any  # as `lionax.core.masks.freeze` gives it
 
     def members(self, leaves: Leaves) -> list[Member]:
         chosen = select(leaves, self.labels, object, "partition", "param_labels")
@@ -260,7 +260,8 @@ class SetToZero(Rule):
     is_memoryless: ClassVar = True
 
     def apply(self, update: jax.Array, slots: Any, param: Any, step: Step) -> Applied:
-        return jnp.zeros_like(update), slots
+        # Inside of `shard_map` parameters may be the same on devices whose gradients differ.
+        return jnp.zeros_like(update if param is None else param, dtype=update.dtype), slots
 
 
 @constructor
