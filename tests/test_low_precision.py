@@ -123,6 +123,17 @@ def test_a_loaded_parameter_wins_over_an_old_master():
     np.testing.assert_allclose(kept, [3.0, -2.0, 1.0 - 1e-4, 0.5], rtol=1e-6)
 
 
+@pytest.mark.parametrize("remainder", REMAINDERS)
+def test_a_parameter_that_was_replaced_loses_its_remainder(remainder):
+    tx = lionax.master_weights(lionax.sgd(1.0), remainder)
+    params = jnp.full(4, 100.0, jnp.bfloat16)
+    _, state = tx.step(params, tx.init(params), jnp.full(4, -0.2, jnp.bfloat16))
+    zeros = jnp.zeros(4, jnp.bfloat16)
+    for grads in (jnp.zeros(4, jnp.bfloat16), jnp.full(4, 1e-6, jnp.bfloat16)):
+        new, state = tx.step(zeros, state, grads)
+        np.testing.assert_allclose(new.astype(jnp.float32), -grads.astype(jnp.float32), rtol=0.02)
+
+
 def test_decay_reaches_parameters_whose_update_is_below_its_last_digit():
     params = {"w": jnp.full(4, 256.0, jnp.bfloat16)}
     tx = lionax.lion(1.0, weight_decay=0.01)

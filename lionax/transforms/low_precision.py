@@ -72,7 +72,7 @@ class MasterWeights(Conditional):
                              "grads)")
         leaves = Leaves.of(params, params)
         rests = leaves.treedef.flatten_up_to(state.remainder)
-        masters = [_master(x, rest) if _is_low(x) else x
+        masters = [_master(x, rest)[0] if _is_low(x) else x
                    for x, rest in zip(leaves.values, rests, strict=True)]
         return leaves.treedef.unflatten(masters), state, True
 
@@ -96,8 +96,7 @@ class MasterWeights(Conditional):
                 # A step that is not taken changes neither. Rounding again might.
                 is_same = master == masters[leaf]
                 if rest is not None:
-                    kept = (masters[leaf] if self.remainder == "float32"
-                            else sharded_as(on_device(rests[leaf]), rest))
+                    kept = sharded_as(_master(old, rests[leaf])[1], rest)
                     rests[leaf] = store(jnp.where(is_same, kept, rest), rests[leaf])
                 new = store(jnp.where(is_same, sharded_as(old, new), new), old)
                 news[leaf] = new if writes else new.astype(jnp.float32) - old.astype(jnp.float32)
@@ -131,19 +130,20 @@ def _is_low(param: Any) -> bool:
     return hasattr(param, "dtype") and is_low_precision(param.dtype)
 
 
-def _master(param: jax.Array, rest: Any) -> jax.Array:
-    """The parameter with what it lacks."""
+def _master(param: jax.Array, rest: Any) -> tuple[jax.Array, Any]:
+    """The parameter with what it lacks, and the remainder: none if the caller replaced it."""
     if not hasattr(rest, "dtype"):
-        return param.astype(jnp.float32)
+        return param.astype(jnp.float32), rest
     rest = on_device(rest)
     value = sharded_as(param, rest).astype(jnp.float32)
     step = ulp(value, param.dtype)
-    if rest.dtype == jnp.float32:  # a parameter that the caller loaded wins over an old master
-        return jnp.where(jnp.abs(value - rest) <= step, rest, value)
-    if rest.dtype == jnp.int8:
-        rest = jnp.where(jnp.isfinite(value), rest.astype(jnp.float32) * (step / STEPS), 0.0)
-        return value + rest
-    return value + rest.astype(jnp.float32)
+    if rest.dtype == jnp.float32:
+        master = jnp.where(jnp.abs(value - rest) <= step, rest, value)
+        return master, master
+    lacks = rest.astype(jnp.float32) * (step / STEPS if rest.dtype == jnp.int8 else 1.0)
+    is_current = (jnp.abs(lacks) <= step) & jnp.isfinite(lacks)
+    return (value + jnp.where(is_current, lacks, 0.0),
+            jnp.where(is_current, rest, jnp.zeros_like(rest)))
 
 
 @constructor
