@@ -161,7 +161,7 @@ def _encode(value: Any, where: str) -> Any:
         return value.name
     if isinstance(value, tuple):
         return [_encode(item, f"{where}[{i}]") for i, item in enumerate(value)]
-    if isinstance(value, Storage) and value == Storage(value.dtype):
+    if isinstance(value, Storage) and value == Storage(value.dtype) != Storage():
         return _encode(value.dtype, where)
     if _TYPES.get(type(value).__name__) is type(value):
         fields = {

@@ -28,6 +28,7 @@ MORE = {
     "labels": lionax.partition({"a": lionax.sgd(0.1), "b": lionax.set_to_zero()}, LABELS),
     "injected": lionax.sgd(lionax.inject(0.1), momentum=lionax.inject(0.9)),
     "majority_vote": lionax.majority_vote_lion(1e-3, axis_name=("data", "model")),
+    "storage": lionax.lion(1e-3, mu_dtype=lionax.Storage()),
     "infinite": lionax.clip(float("inf")),
     "keras2": keras2.Lion(keras_schedules.PiecewiseConstantDecay([5], [0.1, 0.01]),
                           weight_decay=0.1, use_ema=True,

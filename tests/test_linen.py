@@ -148,10 +148,12 @@ def test_a_scan_carries_the_state():
     assert int(last.step) == int(last.opt_state.count) == 3
 
 
-def test_bytes_of_flax_serialization_go_on_where_they_stopped():
-    state = begun(lionax.lion(0.01)).apply_gradients(grads=begun(lionax.lion(0.01)).params)
-    restored = flax.serialization.from_bytes(begun(lionax.lion(0.01)),
-                                             flax.serialization.to_bytes(state))
+@pytest.mark.parametrize("how", [None, "int8"])
+def test_bytes_of_flax_serialization_go_on_where_they_stopped(how, monkeypatch):
+    monkeypatch.setattr(lionax.core.quantized, "SMALLEST", 1)
+    tx = lionax.lion(0.01, mu_dtype=how)
+    state = begun(tx).apply_gradients(grads=begun(tx).params)
+    restored = flax.serialization.from_bytes(begun(tx), flax.serialization.to_bytes(state))
     cases.assert_equal(jax.tree.map(jnp.asarray, restored.opt_state), state.opt_state)
     after, expected = (each.apply_gradients(grads=state.params) for each in (restored, state))
     cases.assert_equal(after.params, expected.params)

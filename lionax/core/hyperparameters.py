@@ -11,6 +11,7 @@ import itertools
 import math
 import sys
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from jax.tree_util import DictKey, GetAttrKey
 from lionax.core import storage
 from lionax.core.counting import LARGEST_COUNT
 from lionax.core.internals import Tracer
+from lionax.core.quantized import QuantizedArray
 from lionax.core.table import shown
 
 __all__ = ["Held", "Hyperparameters", "Injected", "Interval", "Scalar",
@@ -74,19 +76,24 @@ class Hyperparameters:
 
 
 def register_with_flax() -> None:
-    """Lets ``flax.serialization`` save the node, if Flax was imported by now."""
-    flax = sys.modules.get("flax.serialization")
-    if flax is None:
-        return
+    """Lets ``flax.serialization`` save the nodes of a state, if Flax was imported by now."""
+    flax: Any = sys.modules.get("flax.serialization")
+    for cls, fields in _SAVED.items() if flax else ():
+        flax.register_serialization_state(cls, *_passage(flax, fields), override=True)
 
-    def saved(node: Hyperparameters) -> dict[str, Any]:
-        # Copies: Flax converts what it gets in place.
-        return {"values": dict(node.values), "assigned": dict(node.assigned)}
 
-    flax.register_serialization_state(
-        Hyperparameters, saved,
-        lambda node, state: dataclasses.replace(node, **flax.from_state_dict(saved(node), state)),
-        override=True)
+_SAVED = {Hyperparameters: ("values", "assigned"), QuantizedArray: ("codes", "scales")}
+
+
+def _passage(flax: Any, fields: tuple[str, ...]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """A node as a dict of its fields, and a node with the fields of such a dict."""
+    def saved(node: Any) -> dict[str, Any]:
+        # Copies of dicts: Flax converts what it gets in place.
+        values = {name: getattr(node, name) for name in fields}
+        return {name: dict(x) if isinstance(x, dict) else x for name, x in values.items()}
+
+    return saved, lambda node, state: dataclasses.replace(
+        node, **flax.from_state_dict(saved(node), state))
 
 
 def flag(name: str) -> str:
