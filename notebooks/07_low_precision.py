@@ -211,13 +211,13 @@ plt.show()
 # %% [markdown]
 # Curves are means of the seeds, bands their range. Thick lines lie under thin ones.
 #
-# bfloat16 and int8 end within 0.0011 of float32 with each seed, for both optimizers. AdamW in int4
-# ends within 0.004. The deviation of the seeds is 0.013 for Lion and 0.005 for AdamW.
+# bfloat16 and int8 end within 0.002 of float32 with each seed, for both optimizers. AdamW in int4
+# ends within 0.005. The deviation of the seeds is 0.013 for Lion and 0.005 for AdamW.
 #
 # Lion in int4 takes a path of its own. Its update is a sign, and coarse codes flip the signs of
 # small moments: [the benchmark of quality](https://github.com/lionax/lionax/blob/main/docs/benchmarks/quality.md)
 # counts 6% to 18% of all signs, against 1.3% to 1.4% in int8. Two seeds end lower than in float32
-# here, by 0.016 and 0.006, and one ends higher by 0.002. Three seeds that share their random bits
+# here, by 0.017 and 0.010, and one ends as there. Three seeds that share their random bits
 # do not show that int4 is better. They show that its training is not the same.
 #
 # Trainings amplify rounding, so another version of JAX or another machine changes the last digits.
@@ -359,11 +359,10 @@ print(f"on {jax.default_backend()}, this machine:", ", ".join(
 #
 # - bfloat16 halves the state. In the trainings above it cannot be told from float32.
 # - int8 takes 1.03 bytes for an element in codes: 1 byte and the scale of its block. Its losses
-#   above are float32's within 0.0011. It is the format to try first where memory is short.
+#   above are float32's within 0.002. It is the format to try first where memory is short.
 # - int4 takes 0.56 bytes. Try it with AdamW, or with Lion where a training of yours shows that
-#   the flipped signs do no harm. On a CPU it is much slower: in several runs on a busy
-#   machine of 2 cores the cell above printed 6 to 9 times float32's time, and 1.2 to 1.6 times in
-#   int8.
+#   the flipped signs do no harm. In five runs on 2 cores of a CPU the cell above printed 2.0 to
+#   2.3 times float32's time, and 1.6 to 1.8 times in int8.
 # - Give a dict where single layers need more.
 # - For parameters in bfloat16 use `master_weights`, with "int8" if a byte for each is there.
 #
