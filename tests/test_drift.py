@@ -27,7 +27,7 @@ def stream(center, step):
     return center + 0.5 * (noise - 0.5)
 
 
-def errors(one, read, carry, truth, steps=STEPS):
+def errors(one, read, carry, truth):
     """The mean error of each element, and of all the root of the mean square: [10, n] and [10]."""
 
     def body(start):
@@ -42,29 +42,29 @@ def errors(one, read, carry, truth, steps=STEPS):
     @jax.jit
     def tenth(carry, start):
         sums = carry, jnp.zeros_like(truth), jnp.zeros(())
-        return jax.lax.scan(body(start), sums, jnp.arange(steps // 10))[0]
+        return jax.lax.scan(body(start), sums, jnp.arange(STEPS // 10))[0]
 
-    carry = tenth(carry, jnp.int32(steps))[0]  # the first settles
+    carry = tenth(carry, jnp.int32(STEPS))[0]  # the first settles
     found = []
-    for start in range(0, steps, steps // 10):
+    for start in range(0, STEPS, STEPS // 10):
         carry, total, squares = tenth(carry, jnp.int32(start))
-        found.append((np.asarray(total) / (steps // 10), float(squares) / (steps // 10)))
+        found.append((np.asarray(total) / (STEPS // 10), float(squares) / (STEPS // 10)))
     means, squares = zip(*found, strict=True)
     return np.array(means), np.sqrt(squares)
 
 
-def check(means, spread, figure, bias=1e-5, memory=1 / (1 - DECAY), steps=STEPS):
+def check(means, spread, figure, bias=1e-5, memory=1 / (1 - DECAY)):
     """Bounds the mean error of a tenth by four standard errors and a bias; so the spread's change.
 
     An average over so many steps has so few independent values in a tenth.
     """
-    share = np.sqrt(memory / (steps // 10 * means.shape[1]))
+    share = np.sqrt(memory / (STEPS // 10 * means.shape[1]))
     signs = np.sign(np.asarray(CENTER[-means.shape[1]:]))  # what shrinks is not what shifts
     error = max(np.abs(means.mean(1)).max(), np.abs((means * signs).mean(1)).max())
     change = np.abs(spread / spread[0] - 1).max()
     assert error <= 4 * np.sqrt(2) * share * spread[0] + bias
     assert change <= 4 * share + 0.01
-    figure("steps", steps)
+    figure("steps", STEPS)
     figure("largest error of the mean", float(error))
     figure("largest change of the spread", float(change))
 
@@ -91,9 +91,7 @@ def test_averages(dtype, figure):
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
 def test_mean_squares(dtype, figure):
     one, state = updated(lionax.scale_by_adam(DECAY, DECAY, nu_dtype=dtype))
-    steps = STEPS // sized(1, 10)
-    found = errors(one, lambda state: load(state.rules.nu), state, SQUARE, steps)
-    check(*found, figure, steps=steps)
+    check(*errors(one, lambda state: load(state.rules.nu), state, SQUARE), figure)
 
 
 @pytest.mark.slow
