@@ -110,6 +110,16 @@ def test_codes_on_a_mesh_of_which_shard_map_has_one_axis():
     cases.assert_close(jax.device_get(found), jax.device_get(run(cases.normal(64, 256))))
 
 
+def test_a_majority_vote_needs_all_axes_that_types_split_over():
+    mesh, tx = mesh_of(AxisType.Explicit), lionax.majority_vote_lion(0.1, axis_name="data")
+    step = jax.jit(jax.shard_map(
+        lambda p, g: tx.step({"w": p}, tx.init({"w": p}), {"w": g[0]})[0], mesh=mesh,
+        axis_names={"data"}, in_specs=(P(), P("data")), out_specs=P()))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="'w' is split over axes of the mesh"):
+        step(jax.reshard(jnp.ones((8, 8)), P(None, "model")),
+             jax.reshard(jnp.ones((4, 8, 8)), P("data", None, "model")))
+
+
 @pytest.mark.parametrize("wrap", cases.but_for_fast([
     lambda tx: optax.masked(tx, True), lambda tx: optax.partition({"all": tx}, "all"),
     lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding
 
-from lionax.core.internals import Tracer
+from lionax.core.internals import Tracer, manual_axes
 from lionax.core.rounding import as_uniform, lifted
 from lionax.core.varying import Split, axes_of, explicit_sharding, split_over, varying_axes
 
@@ -116,7 +116,7 @@ class QuantizedArray:
         dtype = jnp.int8 if bits == 8 and not self.format.nonnegative else jnp.uint8
         *lead, last = self.scales.shape
         # Inside of shard_map a shard may hold a part of a block, and the scale of the whole.
-        is_part = self.shape[-1] % self.format.block != 0
+        is_part = bool(manual_axes()) and self.shape[-1] % self.format.block != 0
         if (self.codes.dtype != dtype or not jnp.issubdtype(self.scales.dtype, jnp.floating)
                 or tuple(lead) != self.shape[:-1] or (last != blocks and not is_part)):
             raise ValueError(f"a QuantizedArray of {bits} bits with codes of dtype "

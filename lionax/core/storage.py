@@ -173,7 +173,7 @@ def zero_slot(param: jax.Array, dtype: StorageLike = None, *, nonnegative: bool 
     """
     storage: Any = check_storage(dtype, "zero_slot", "dtype") or Storage()
     is_real = nonnegative or not is_complex(param)
-    own = jnp.finfo(param.dtype).dtype if nonnegative else param.dtype
+    own = jnp.finfo(param.dtype).dtype if is_real and is_complex(param) else param.dtype
     dtype = own if storage.dtype is None else storage.dtype
     if dtype.name in CODES:
         if is_real and (format := format_of(CODES[dtype.name], param.shape, nonnegative)):

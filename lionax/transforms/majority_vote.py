@@ -16,7 +16,7 @@ from lionax.core.rule import Applied, Rule, Step
 from lionax.core.storage import StorageLike, zero_slot
 from lionax.core.transformation import Transformation
 from lionax.core.tree import Leaves
-from lionax.core.varying import is_unchecked, varying_axes
+from lionax.core.varying import axes_of, explicit_sharding, is_unchecked, varying_axes
 from lionax.transforms.combining import chain
 
 __all__ = ["AxisName", "CountVotes", "CountVotesState", "MajorityVoteLion",
@@ -77,6 +77,10 @@ class MajorityVoteLion(Rule):
                     "worker votes with its own gradient, and jax.grad sums those of parameters "
                     "that are the same on all workers. Differentiate at "
                     f"jax.lax.pcast(params, {axis!r}, to='varying')")
+        sharding = explicit_sharding(leaf)
+        if sharding is not None and any(axes_of(sharding.spec)):
+            raise ValueError(f"majority_vote_lion: {what} is split over axes of the mesh that "
+                             f"jax.shard_map does not name, {sharding.spec}; add its axis_names")
 
     def apply(self, update: jax.Array, slots: MajorityVoteLionState, param: Any,
               step: Step) -> Applied:
