@@ -4,12 +4,13 @@ import contextlib
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.tree_util import DictKey
 
 from lionax.core import storage
 from lionax.core.inspection import HeldArray, contents, holds_state
@@ -34,7 +35,8 @@ def cast_state(state: Any, like: Any, strict: bool = False) -> Any:
     injected value more or less.
 
     A checkpoint that was restored without its structure, as dicts and lists, gets the structure of
-    ``like``, which is then of the definition that saved it, but for dtypes.
+    ``like``, which is then of the definition that saved it, but for the dtypes of arrays without
+    codes.
 
     Args:
       state: what was saved, of a lionax transformation, alone or inside of Optax's.
@@ -69,18 +71,18 @@ def cast_state(state: Any, like: Any, strict: bool = False) -> Any:
     if not holds_state(state) and jax.tree.leaves(state):
         return own_buffers(_structured(state, like, ()))
     old, new = contents(state), contents(like)
-    scopes = _matching_scopes(old, new)
+    nodes = _matching_nodes(old, new)
     taken, used, gone = {}, set(), old
     for key_of in (_key, _short_key):
         waiting = defaultdict(list)
         for array in gone:
-            waiting[key_of(array, array.scope)].append(array)
+            waiting[key_of(array, array.node)].append(array)
         for i, array in enumerate(new):
-            candidates = waiting[key_of(array, scopes.get(array.scope))]
+            candidates = waiting[key_of(array, nodes.get(array.node))]
             if candidates and i not in taken:
                 taken[i] = _in_place_of(candidates[0], array)
                 used.add(id(candidates[0]))
-                if array.slot[1] != "hyperparameters":  # one rate may serve several new groups
+                if array.slot[0] != "State":  # one rate may serve several new groups
                     del candidates[0]
         gone = [array for array in gone if id(array) not in used]
     missing = [array for i, array in enumerate(new) if i not in taken]
@@ -95,38 +97,60 @@ def cast_state(state: Any, like: Any, strict: bool = False) -> Any:
         [taken.get(i, array.leaf) for i, array in enumerate(new)]))
 
 
-def _key(array: HeldArray, scope: Where | None) -> Any:
-    """What must be equal: for slots their rule and path, for counts and values also the State."""
-    return array.slot if array.slot[0] != "State" else (scope, *array.slot)
+def _key(array: HeldArray, node: Where | None) -> Any:
+    """What must be equal: the rule and the path or, of counts and values, the node."""
+    return array.slot if array.slot[2] and array.slot[0] != "State" else (node, *array.slot)
 
 
-def _short_key(array: HeldArray, scope: Where | None) -> Any:
+def _short_key(array: HeldArray, node: Where | None) -> Any:
     """The same, but a hyperparameter's name is taken without its group."""
     kind, field, path = array.slot
     short = path.partition("/")[0], path.rpartition("/")[2]
     return _key(array._replace(slot=(kind, field, short)) if field == "hyperparameters" else array,
-                scope)
+                node)
 
 
-def _matching_scopes(old: list[HeldArray], new: list[HeldArray]) -> dict[Where, Where]:
-    """For each State of the new tree, the State of the old one with most in common."""
-    ours, theirs = _contents(new), _contents(old)
-    best = {scope: max(theirs, key=lambda other: len(mine & theirs[other]), default=())
-            for scope, mine in ours.items()}
-    is_only = len(ours) == len(theirs) == 1
-    return {scope: other for scope, other in best.items()
-            if is_only or (theirs and ours[scope] & theirs[other])}
+class _Node(NamedTuple):
+    """A State, or the state of a rule."""
+
+    kind: str  # its class
+    own: set[str]  # its kind; of a State, the kinds of its rules and the names of hyperparameters
+    below: set[tuple[str, str, str]]  # the slots with paths
+    labels: list[Any]  # of the groups that it is in
 
 
-def _contents(arrays: list[HeldArray]) -> dict[Where, set[tuple[str, str]]]:
-    """For each State, the rules and hyperparameters in it."""
-    contents = defaultdict(set)
+def _matching_nodes(old: list[HeldArray], new: list[HeldArray]) -> dict[Where, Where]:
+    """For each node of the new tree, the one of its kind in the old tree with most in common."""
+    ours, theirs = _nodes(new), _nodes(old)
+    best: dict[Where, Where] = {}
+    for keys, mine in ours.items():
+        alike = [other for other in theirs if theirs[other].kind == mine.kind]
+        is_only = len(alike) == 1 == sum(node.kind == mine.kind for node in ours.values())
+        common = {other: (len(mine.own & theirs[other].own), len(mine.below & theirs[other].below),
+                          mine.labels == theirs[other].labels, other not in best.values())
+                  for other in alike if is_only or mine.own & theirs[other].own}
+        if common:
+            best[keys] = max(common, key=lambda other: common[other])
+    return best
+
+
+def _nodes(arrays: list[HeldArray]) -> dict[Where, _Node]:
+    nodes: dict[Where, _Node] = {}
     for array in arrays:
         kind, field, path = array.slot
-        name = path.rpartition("/")[2]
-        contents[array.scope] |= {(kind, name)} if field == "hyperparameters" else set()
-        contents[array.scope] |= {(kind, "")} if kind != "State" else set()
-    return contents
+        if not kind:  # not of a transformation
+            continue
+        for keys, its_kind in ((array.scope, "State"), (array.node, kind)):
+            labels = [key.key for key in keys if isinstance(key, DictKey)]
+            nodes.setdefault(keys, _Node(its_kind, set(), set(), labels))
+        for keys in (array.scope, array.node) if kind != "State" else ():
+            nodes[keys].own.add(kind)
+        if field == "hyperparameters":
+            nodes[array.scope].own.add(path.rpartition("/")[2])
+        for n in range(len(array.node) + 1) if path else ():
+            if array.node[:n] in nodes:
+                nodes[array.node[:n]].below.add(array.slot)
+    return nodes
 
 
 def _in_place_of(old: HeldArray, new: HeldArray) -> Any:
@@ -164,7 +188,8 @@ def _structured(saved: Any, like: Any, path: Where) -> Any:
         saved = dict(enumerate(saved))
     pairs, treedef = jax.tree_util.tree_flatten_with_path(like, is_leaf=lambda x: x is not like)
     names = [jax.tree_util.keystr(keys, simple=True) for keys, _ in pairs]
-    if names == ["value"] and hasattr(saved, "dtype"):  # a variable of Flax NNX, as a pure dict
+    is_bare = not isinstance(saved, Mapping) or "value" not in saved
+    if names == ["value"] and saved is not None and is_bare:  # a variable of NNX, as a pure dict
         saved = {"value": saved}
     if not isinstance(saved, Mapping | None):
         _refuse(saved, like, path)

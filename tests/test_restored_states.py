@@ -14,6 +14,7 @@ import pytest
 from flax import serialization
 
 import lionax
+from lionax.core.quantized import is_quantized
 from lionax.frameworks import linen
 from lionax.frameworks.nnx import Optimizer
 
@@ -129,6 +130,12 @@ def test_a_model_and_its_state_get_their_structure_back():
     saved = nnx.to_pure_dict(nnx.state(optimizer))["opt_state"]
     moved = lionax.cast_state(numbered(saved), optimizer.opt_state)
     assert jax.tree.structure(moved) == jax.tree.structure(optimizer.opt_state)
+    low = Optimizer(nnx.Linear(64, 64, rngs=nnx.Rngs(0)), lionax.lion(0.1, mu_dtype="int8"),
+                    wrt=nnx.Param)
+    saved_low = jax.tree.map(
+        lambda node: {"codes": node.codes, "scales": node.scales} if is_quantized(node) else node,
+        nnx.to_pure_dict(nnx.state(low))["opt_state"], is_leaf=is_quantized)
+    cases.assert_equal(lionax.cast_state(saved_low, low.opt_state), low.opt_state)
     with pytest.raises(TypeError, match=r"lionax\.cast_state\(state, tx\.init\(params\)\)"):
         linen.TrainState.apply_gradients(new.replace(opt_state=saved), grads=params)
 

@@ -77,6 +77,40 @@ def test_what_both_definitions_have_is_taken_over(name, back, saved, tmp_path):
     after.step(params, moved, cases.gradients(params, STEPS))
 
 
+WRAPPERS = {"skip": lambda tx: lionax.skip_nonfinite(tx, 3), "monitor": lionax.monitor,
+            "accumulate": lambda tx: lionax.accumulate(tx, 2),
+            "both": lambda tx: lionax.monitor(lionax.accumulate(tx, 2))}
+GROUPS = {
+    "rates": lambda wrap: lionax.partition(
+        {"a": wrap(lionax.adam(1e-3)), "b": wrap(lionax.adam(0.1))},
+        lionax.labels({"head": "a"}, default="b")),
+    "injected": lambda wrap: lionax.partition(
+        {"a": wrap(lionax.sgd(lionax.inject(1e-3))), "b": wrap(lionax.sgd(lionax.inject(0.1)))},
+        lionax.labels({"head": "a"}, default="b")),
+    "chain": lambda wrap: lionax.chain(wrap(lionax.trace(0.9)), wrap(lionax.trace(0.5)),
+                                       lionax.scale(-0.1))}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+@pytest.mark.parametrize("groups", GROUPS)
+def test_to_the_same_definition_a_state_stays(groups, wrap):
+    """Also where several parts have the same rules."""
+    tx = GROUPS[groups](WRAPPERS[wrap])
+    _, state = trained(tx)
+    cases.assert_equal(lionax.cast_state(state, tx.init(PARAMS), strict=True), state)
+
+
+@pytest.mark.parametrize("momentum", [0.9, None])
+def test_counters_stay_with_the_group_that_goes_on(momentum):
+    groups = {"a": lionax.accumulate(lionax.sgd(0.1, momentum), 2),
+              "b": lionax.accumulate(lionax.sgd(0.1, momentum), 4)}
+    labels = lionax.labels({"head": "a"}, default="b")
+    params, state = trained(lionax.partition(groups, labels))
+    tx = lionax.partition(groups | {"a": lionax.set_to_zero()}, labels)
+    moved = lionax.cast_state(state, tx.init(params))
+    cases.assert_equal(moved.rules["b"], state.rules["b"])
+
+
 def test_a_frozen_group_keeps_the_slots_of_the_others():
     _, state = trained(lionax.lamb(0.1))
     moved = lionax.cast_state(state, frozen(lionax.lamb(0.1)).init(PARAMS))

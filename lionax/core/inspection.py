@@ -23,6 +23,7 @@ class HeldArray(NamedTuple):
     """An array of a state, and what it is whatever stands around it."""
 
     scope: Any  # keys of the nearest State above
+    node: Any  # keys of the rule's state
     slot: tuple[str, str, str]  # class of the rule's state, field, path of the parameter
     keys: Keys  # the parts of the path
     leaf: Any  # the array
@@ -52,10 +53,11 @@ def _held(state: Any, keys: Any, names: Keys, leaf: Any, ways: dict[Any, bool]) 
         is_way = ways[here]
         if not (is_way or isinstance(key, DictKey | SequenceKey)):
             own = names[depth + 1:]
-            return HeldArray(scope, (type(node).__name__, name, "/".join(own)), own, leaf)
+            slot = type(node).__name__, name, "/".join(own)
+            return HeldArray(scope, keys[:depth], slot, own, leaf)
         node = getattr(node, name) if is_way else node[key.key if isinstance(key, DictKey) else
                                                        key.idx]
-    return HeldArray(scope, ("", "", jax.tree_util.keystr(keys)), names, leaf)
+    return HeldArray(scope, keys, ("", "", jax.tree_util.keystr(keys)), names, leaf)
 
 
 def _is_state(node: Any) -> bool:
