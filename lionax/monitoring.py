@@ -264,5 +264,6 @@ def _number(node: Any, dtype: Any = jnp.int32) -> jax.Array:
     value = local(arrays[0]) if len(arrays) == 1 and isinstance(arrays[0], jax.Array) else None
     if value is None or not is_number(value):
         raise ValueError(f"metrics: the state holds {shown(node)} in place of a measurement; make "
-                         "it with tx.init(params)")
+                         "it with tx.init(params). Of a batch of states it is "
+                         "jax.vmap(lionax.metrics)(state)")
     return value.astype(dtype)

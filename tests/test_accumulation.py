@@ -75,6 +75,29 @@ def test_a_window_that_is_not_finite_is_dropped_and_the_next_is_good(bad):
     assert all(np.all(np.isfinite(p)) for p in jax.tree.leaves(params))
 
 
+@pytest.mark.parametrize("every", [3, 7])
+def test_the_mean_of_float64_gradients_is_one(every):
+    with jax.enable_x64(True):
+        tx, params = lionax.accumulate(lionax.sgd(1.0), every), jnp.zeros(1, jnp.float64)
+        state = tx.init(params)
+        for _ in range(every):
+            params, state = tx.step(params, state, jnp.ones(1, jnp.float64))
+    assert abs(float(params[0]) + 1) < 1e-15
+
+
+def test_the_derivative_by_a_weight_of_0_is_finite():
+    tx, params = lionax.accumulate(lionax.sgd(1.0), 2), jnp.zeros(1)
+
+    def moved(weights):
+        carry = params, tx.init(params)
+        for i, weight in enumerate(weights):
+            carry = tx.step(*carry, jnp.full(1, 1.0 + 2 * i), weight=weight)
+        return carry[0][0]
+
+    assert jax.grad(moved)(jnp.ones(2)).tolist() == [0.5, -0.5]
+    assert jnp.isfinite(jax.grad(moved)(jnp.asarray([0.0, 1.0]))).all()
+
+
 def test_a_leaf_without_gradient_keeps_its_sum():
     tx = lionax.accumulate(lionax.sgd(1.0), 2)
     state = tx.init(PARAMS)

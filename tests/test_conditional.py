@@ -4,6 +4,7 @@ import dataclasses
 from typing import NamedTuple
 
 import cases
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -176,11 +177,27 @@ def test_skip_if_never_shows_a_lost_run_unless_asked():
     for _ in range(5):
         params, state = tx.step(params, state, PARAMS)
     cases.assert_equal(params, PARAMS)
-    with pytest.raises(TypeError, match="skip_if: the predicate must return one bool"):
-        (tx := lionax.skip_if(lionax.sgd(0.1), lambda u, p: u["w"] > 0)).step(
-            PARAMS, tx.init(PARAMS), PARAMS)
+    for given in (lambda u, p: u["w"] > 0, lambda u, p: None, lambda u, p: "no", lambda u, p: {}):
+        with pytest.raises(TypeError, match="skip_if: the predicate must return one bool"):
+            (tx := lionax.skip_if(lionax.sgd(0.1), given)).step(PARAMS, tx.init(PARAMS), PARAMS)
     with pytest.raises(TypeError, match="skip_if: predicate=3 is not a function"):
         lionax.skip_if(lionax.sgd(0.1), 3)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("inner", cases.but_for_fast([
+    lambda: optax.adam(0.1), lambda: optax.sgd(0.1, momentum=0.9), lambda: optax.rmsprop(0.1)]))
+@pytest.mark.parametrize("wrap", [
+    lambda tx: lionax.accumulate(tx, 2), lambda tx: lionax.skip_nonfinite(tx, 3),
+    lambda tx: lionax.dynamic_loss_scale(tx, 1.0), lionax.monitor, lionax.master_weights])
+def test_the_state_of_an_optimizer_of_optaxs_keeps_its_dtypes(wrap, inner):
+    """Inside gradients are in float32, whatever the dtype of the parameters."""
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    tx = wrap(lionax.chain(lionax.clip(1.0), inner()))
+    carry, _ = jax.lax.scan(lambda carry, _: (tx.step(*carry, params), None),
+                            (params, tx.init(params)), length=4)
+    chex.assert_trees_all_equal_dtypes(carry, (params, tx.init(params)))
+    assert not jnp.array_equal(carry[0]["w"], params["w"])
 
 
 def test_a_schedule_with_an_if_inside_of_a_conditional():

@@ -115,8 +115,8 @@ def test_sizes():
     meshes = ["core.internals", "core.varying", "core.placement", "transforms.majority_vote",
               "sharding"]
     apart = shown + stored + meshes
-    assert sum(len(lines(MODULES[name])) for name in OWN if name not in apart) <= 3615
-    for names, limit in ((shown, 700), (stored, 770), (meshes, 495)):
+    assert sum(len(lines(MODULES[name])) for name in OWN if name not in apart) <= 3625
+    for names, limit in ((shown, 705), (stored, 770), (meshes, 495)):
         assert sum(len(lines(MODULES[name])) for name in names) <= limit
 
 

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from lionax.core import norms
@@ -98,8 +99,19 @@ class Foreign(TreeWide):
 
     def update(self, updates: Any, state: Any, params: Any,
                extra: Mapping[str, Any]) -> tuple[Any, Any]:
-        """The new updates and the new state."""
-        return optax.with_extra_args_support(self.tx).update(updates, state, params, **extra)
+        """The new updates and the new state, in the dtypes of the old one."""
+        update = optax.with_extra_args_support(self.tx).update
+        updates, new = update(updates, state, params, **extra)
+        is_alike = jax.tree.structure(new) == jax.tree.structure(state)
+        # Inside of a conditional gradients are in float32, whatever the dtype of the parameters.
+        return updates, jax.tree.map(_in_dtype_of, new, state) if is_alike else new
+
+
+def _in_dtype_of(new: Any, old: Any) -> Any:
+    dtypes = [getattr(x, "dtype", None) for x in (new, old)]
+    is_other = dtypes[0] != dtypes[1] and all(
+        dtype is not None and jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes)
+    return new.astype(old.dtype) if is_other else new
 
 
 class Conditional(TreeWide):

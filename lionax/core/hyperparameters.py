@@ -335,9 +335,10 @@ def set_hyperparams(state: Any, **values: Any) -> Any:
 
     Args:
       state: as `get_hyperparams`.
-      **values: new value by name; None returns to the number or schedule of the definition. A plain
-        name sets all that share it; a qualified one, ``**{"head/b1": 0.9}``, comes before. Traced
-        values are not checked.
+      **values: new value by name; None returns a learning rate to the number or schedule of the
+        definition, and leaves what was injected, which lives in the state alone. A plain name sets
+        all that share it; a qualified one, ``**{"head/b1": 0.9}``, comes before. Traced values are
+        not checked.
 
     Raises:
       KeyError: for a name that the state does not hold.

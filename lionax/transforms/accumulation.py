@@ -17,6 +17,7 @@ from lionax.core.rule import Definition
 from lionax.core.state import State, init_state
 from lionax.core.storage import (
     accumulator_dtype,
+    compute_dtype,
     on_device,
     sharded_as,
     store,
@@ -25,7 +26,7 @@ from lionax.core.storage import (
 from lionax.core.transformation import Transformation, constructor
 from lionax.core.tree import is_placeholder
 from lionax.transforms.combining import definition_of
-from lionax.transforms.conditional import DynamicLossScale, SkipIf, refuse_inside
+from lionax.transforms.conditional import DynamicLossScale, SkipIf, is_bool, refuse_inside
 
 __all__ = ["Accumulate", "AccumulateState", "accumulate", "live_sum"]
 
@@ -69,16 +70,15 @@ class Accumulate(Conditional):
              extra: Mapping[str, Any]) -> tuple[Any, AccumulateState, jax.Array]:
         every = value_at(self.every, state.windows, "accumulate")
         flush = extra.get("flush", False)
-        is_bool = isinstance(flush, bool) or getattr(flush, "dtype", None) == jnp.bool_
-        if not is_bool or jnp.shape(flush) != ():
+        if not is_bool(flush):
             raise TypeError(f"accumulate: flush={flush!r} is not accepted; give one bool")
         due = jnp.asarray(next_count(state.calls) >= every) | flush
         weight = _checked_weight(extra.get("weight", 1.0))
         total = state.weight + weight
-        factor = jnp.where(due & (total != 0), 1 / total, 1.0)
+        divisor = jnp.where(due & (total != 0), total, 1.0)
         sums = jax.tree.map(
             lambda grad, old, live: old if is_placeholder(old) else _added(
-                grad, old, live, weight, factor),
+                grad, old, live, weight, divisor),
             updates, state.gradients, state.live, is_leaf=is_placeholder)
         return params, state._replace(weight=total, gradients=sums), due
 
@@ -117,8 +117,8 @@ def live_sum(total: Any, live: Any) -> Any:
 
 
 @Kept
-def _added(grad: Any, total: Any, live: Any, weight: jax.Array, factor: jax.Array) -> Any:
-    """A sum, 0 if it was used, with one gradient more; the factor makes it the mean."""
+def _added(grad: Any, total: Any, live: Any, weight: jax.Array, divisor: jax.Array) -> Any:
+    """A sum, 0 if it was used, with one gradient more; the divisor makes it the mean."""
     kept = live_sum(on_device(total), live)
     if is_placeholder(grad):
         return kept
@@ -126,6 +126,7 @@ def _added(grad: Any, total: Any, live: Any, weight: jax.Array, factor: jax.Arra
     # What has no weight is left out, also NaN.
     grad = sharded_as(grad, total).astype(total.dtype)
     term = jnp.where(weight == 0, 0.0, grad) * weight.astype(total.dtype)
+    factor = 1 / divisor.astype(compute_dtype(total))
     return store((kept + term) * factor.astype(total.dtype), total)
 
 
@@ -137,7 +138,7 @@ def accumulate(tx: optax.GradientTransformation,
         g = Σ_i w_i·g_i / Σ_i w_i
 
     The sums and the mean are in float32, for float64 leaves in float64. The weight ``w_i`` is 1, or
-    what the call got as ``weight=``: the number of examples, for uneven micro-batches. A
+    what the call got as ``weight=``, a float32: the number of examples, for uneven micro-batches. A
     micro-batch of weight 0 is left out, whatever its gradient; a window of weight 0 takes no step.
 
     All calls of a window but the last return updates of zero. With ``flush=True``, also a traced

@@ -19,7 +19,7 @@ from lionax.core.transformation import Transformation, constructor
 from lionax.transforms.combining import definition_of
 
 __all__ = ["DynamicLossScale", "DynamicLossScaleState", "SkipIf", "SkipState", "Unscale",
-           "dynamic_loss_scale", "refuse_inside", "skip_if", "skip_nonfinite", "unscale"]
+           "dynamic_loss_scale", "is_bool", "refuse_inside", "skip_if", "skip_nonfinite", "unscale"]
 
 LARGEST = 2.0**126  # the reciprocal of a larger loss scale is no normal number
 
@@ -106,7 +106,7 @@ class SkipIf(Conditional):
         except TypeError as error:
             raise TypeError(f"skip_if: predicate={self.predicate!r} fails on the updates, the "
                             f"parameters and the extra arguments {list(extra)}: {error}") from error
-        if jnp.shape(skips) != ():
+        if not is_bool(skips):
             raise TypeError(f"skip_if: the predicate must return one bool; got {skips!r}")
         return ~jnp.asarray(skips, bool)
 
@@ -116,6 +116,12 @@ class SkipIf(Conditional):
 
     def poisons(self, state: SkipState) -> jax.Array | bool:
         return self.max_consecutive is not None and state.consecutive >= self.max_consecutive
+
+
+def is_bool(value: Any) -> bool:
+    """Whether a value is one bool, or an array of one."""
+    is_kind = isinstance(value, bool) or getattr(value, "dtype", None) == jnp.bool_
+    return is_kind and jnp.shape(value) == ()
 
 
 @constructor
