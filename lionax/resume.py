@@ -116,7 +116,6 @@ class _Node(NamedTuple):
     kind: str  # its class
     own: set[str]  # its kind; of a State, the kinds of its rules and the names of hyperparameters
     below: set[tuple[str, str, str]]  # the slots with paths
-    labels: list[Any]  # of the groups that it is in
 
 
 def _matching_nodes(old: list[HeldArray], new: list[HeldArray]) -> dict[Where, Where]:
@@ -127,11 +126,16 @@ def _matching_nodes(old: list[HeldArray], new: list[HeldArray]) -> dict[Where, W
         alike = [other for other in theirs if theirs[other].kind == mine.kind]
         is_only = len(alike) == 1 == sum(node.kind == mine.kind for node in ours.values())
         common = {other: (len(mine.own & theirs[other].own), len(mine.below & theirs[other].below),
-                          mine.labels == theirs[other].labels, other not in best.values())
+                          _labels(keys) == _labels(other), other not in best.values())
                   for other in alike if is_only or mine.own & theirs[other].own}
         if common:
             best[keys] = max(common, key=lambda other: common[other])
     return best
+
+
+def _labels(keys: Where) -> list[Any]:
+    """The labels of the groups that a node is in."""
+    return [key.key for key in keys if isinstance(key, DictKey)]
 
 
 def _nodes(arrays: list[HeldArray]) -> dict[Where, _Node]:
@@ -141,8 +145,7 @@ def _nodes(arrays: list[HeldArray]) -> dict[Where, _Node]:
         if not kind:  # not of a transformation
             continue
         for keys, its_kind in ((array.scope, "State"), (array.node, kind)):
-            labels = [key.key for key in keys if isinstance(key, DictKey)]
-            nodes.setdefault(keys, _Node(its_kind, set(), set(), labels))
+            nodes.setdefault(keys, _Node(its_kind, set(), set()))
         for keys in (array.scope, array.node) if kind != "State" else ():
             nodes[keys].own.add(kind)
         if field == "hyperparameters":
@@ -154,18 +157,14 @@ def _nodes(arrays: list[HeldArray]) -> dict[Where, _Node]:
 
 
 def _in_place_of(old: HeldArray, new: HeldArray) -> Any:
-    if _shape(old.leaf) != _shape(new.leaf):
+    if np.shape(old.leaf) != np.shape(new.leaf):
         raise ValueError(f"cast_state: {'.'.join(new.slot[:2])} of {new.slot[2]!r} has shape "
-                         f"{_shape(old.leaf)}, in `like` {_shape(new.leaf)}")
+                         f"{np.shape(old.leaf)}, in `like` {np.shape(new.leaf)}")
     try:
         return storage.in_place_of(old.leaf, new.leaf)
     except (TypeError, ValueError) as error:
         raise type(error)(f"cast_state: {'.'.join(new.slot[:2])} of {new.slot[2]!r}: "
                           f"{error}") from None
-
-
-def _shape(leaf: Any) -> tuple[int, ...]:
-    return leaf.shape if is_quantized(leaf) else np.shape(leaf)
 
 
 def _is_plain(tree: Any) -> bool:
@@ -207,7 +206,7 @@ def _structured_leaf(saved: Any, like: Any, path: Where) -> Any:
     is_bool = not is_quantized(like) and jnp.issubdtype(jnp.result_type(like), jnp.bool_)
     with contextlib.suppress(TypeError, ValueError):  # a ragged list, or what cannot be held
         array = saved if hasattr(saved, "dtype") else np.asarray(saved)
-        if array.shape == _shape(like) and jnp.issubdtype(array.dtype, jnp.bool_) == is_bool:
+        if array.shape == np.shape(like) and jnp.issubdtype(array.dtype, jnp.bool_) == is_bool:
             return storage.in_place_of(array, like)
     _refuse(saved, like, path)
 

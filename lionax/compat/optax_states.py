@@ -138,10 +138,9 @@ def _filled(into: Any, moments: dict[str, Any], owner: str) -> Any:
                          "match")
 
     def one(path: Any, old: Any, new: Any) -> Any:
-        shapes = [node.shape if is_quantized(node) else np.shape(node) for node in (new, old)]
-        if shapes[0] != shapes[1]:
+        if np.shape(new) != np.shape(old):
             raise ValueError(f"{owner}: the moment {jax.tree_util.keystr(path)} has shape "
-                             f"{shapes[0]}, that of into {shapes[1]}")
+                             f"{np.shape(new)}, that of into {np.shape(old)}")
         return storage.in_place_of(new, old)
 
     def fill(node: Any) -> Any:
