@@ -263,13 +263,18 @@ def _is_node(node: Any) -> bool:
     return isinstance(node, Hyperparameters)
 
 
-def _found(state: Any) -> dict[tuple[Any, str], str]:
-    """The name of every hyperparameter of a state, by its node's key path and its name there."""
+def _nodes(state: Any) -> dict[Any, Hyperparameters]:
+    """The hyperparameters in a state, by the key path of each node."""
     pairs, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_node)
-    for _, node in pairs:
-        if _is_node(node):
-            _check_node(node)
-    held = [(keys, name) for keys, node in pairs if _is_node(node) for name in node.values]
+    nodes = {keys: node for keys, node in pairs if _is_node(node)}
+    for node in nodes.values():
+        _check_node(node)
+    return nodes
+
+
+def _found(nodes: dict[Any, Hyperparameters]) -> dict[tuple[Any, str], str]:
+    """The name of every hyperparameter, by its node's key path and its name there."""
+    held = [(keys, name) for keys, node in nodes.items() for name in node.values]
     return dict(zip(held, names_in_state(held), strict=True))
 
 
@@ -321,10 +326,9 @@ def get_hyperparams(state: Any) -> dict[str, jax.Array]:
     >>> {name: round(float(value), 6) for name, value in lionax.get_hyperparams(state).items()}
     {'learning_rate': 0.001}
     """
-    pairs, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_node)
-    nodes = {keys: node for keys, node in pairs if _is_node(node)}
+    nodes = _nodes(state)
     return {full: jax.tree.leaves(nodes[keys].values[name])[0]
-            for (keys, name), full in _found(state).items()}
+            for (keys, name), full in _found(nodes).items()}
 
 
 def set_hyperparams(state: Any, **values: Any) -> Any:
@@ -351,7 +355,7 @@ def set_hyperparams(state: Any, **values: Any) -> Any:
     >>> tx.update(jnp.ones(2), state)[0].tolist()
     [-0.5, -0.5]
     """
-    held = _found(state)
+    held = _found(_nodes(state))
     given = {key: next((known for known in (full, key[1].rpartition("/")[2]) if known in values),
                        None) for key, full in held.items()}
     for name in values:
